@@ -1,0 +1,1 @@
+"""The command line: ``pyface VERB``, one file per verb."""

@@ -1,0 +1,265 @@
+"""Training pictures made on the spot: faces, dead leaves, coloured noise, gradients and texture photographs.
+
+Nothing here is a photograph of a person. Each picture depends on (seed, index, size) alone.
+The natural-statistics part follows Baradad et al., "Learning to See by Looking at Noise" (2021): occluding shapes
+("dead leaves") and noise whose spectrum falls as a power of frequency have the edges and the correlations that
+make networks work on photographs.
+"""
+
+from __future__ import annotations
+
+import colorsys
+from functools import cache
+
+import numpy as np
+from PIL import Image, ImageDraw
+from scipy import ndimage
+
+from pyface.errors import UserError
+
+# Only surfaces, microscopy and sky: the portraits and photographs of scikit-image are kept for validation.
+TEXTURE_FILES = ("brick.png", "grass.png", "gravel.png", "color.png", "ihc.png", "hubble_deep_field.jpg", "retina.jpg")
+KINDS = ("face", "leaves", "noise", "gradient", "texture")
+_MIX = (0.34, 0.24, 0.14, 0.06, 0.22)
+
+
+def scene(seed: int, index: int, size: int = 256, kind: str | None = None) -> np.ndarray:
+    """One training picture.
+
+    Args:
+        seed, index: non-negative; the same pair always gives the same picture.
+        size: side in pixels, at least 8.
+        kind: one of :data:`KINDS`; None draws one (about a third are faces).
+
+    Returns:
+        uint8 array [size, size, 3], RGB.
+
+    Raises:
+        UserError: size below 8, negative seed or index, unknown kind.
+    """
+    if size < 8 or seed < 0 or index < 0:
+        raise UserError(f"scene: need size >= 8, seed >= 0 and index >= 0, got {size}, {seed}, {index}")
+    if kind is not None and kind not in KINDS:
+        raise UserError(f"scene: unknown kind {kind!r}; known: {', '.join(KINDS)}")
+    rng = np.random.default_rng((seed, index))
+    drawn = rng.choice(KINDS, p=_MIX)
+    picture = _PAINTERS[kind or drawn](rng, size)
+    return np.clip(np.rint(_develop(rng, picture) * 255), 0, 255).astype(np.uint8)
+
+
+def _develop(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:
+    """What a camera adds: exposure, contrast, sometimes grey, blur and sensor noise."""
+    picture = np.clip(picture, 0, 1)
+    if rng.random() < 0.6:
+        picture = picture ** np.exp(rng.uniform(-0.5, 0.5))
+    if rng.random() < 0.4:
+        low, high = np.sort(rng.uniform(0, 1, 2))
+        picture = picture * (0.35 + 0.65 * high) + 0.35 * low * (1 - high)
+    if rng.random() < 0.12:
+        picture = np.repeat(picture @ np.float32([[0.299], [0.587], [0.114]]), 3, 2)
+    if rng.random() < 0.4:
+        picture = ndimage.gaussian_filter(picture, (*[rng.uniform(0.3, 1.2)] * 2, 0))
+    if rng.random() < 0.5:
+        picture = picture + rng.normal(0, rng.uniform(0.003, 0.03), picture.shape).astype(np.float32)
+    if rng.random() < 0.5:
+        picture = picture[:, ::-1]
+    return picture
+
+
+def _power_noise(rng: np.random.Generator, size: int, exponent: float, channels: int = 3) -> np.ndarray:
+    """Noise of amplitude spectrum 1 / f**exponent, zero mean, unit variance, float32 [size, size, channels]."""
+    frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
+    frequency[0, 0] = np.inf
+    spectrum = np.fft.rfft2(rng.standard_normal((size, size, channels)), axes=(0, 1))
+    noise = np.fft.irfft2(spectrum * frequency[..., None] ** -exponent, (size, size), axes=(0, 1))
+    return (noise / (noise.std((0, 1)) + 1e-12)).astype(np.float32)
+
+
+def _colour(rng: np.random.Generator) -> np.ndarray:
+    """A random colour, muted more often than loud, float32 [3]."""
+    return np.float32(colorsys.hsv_to_rgb(rng.random(), rng.beta(1.2, 2.2), rng.beta(1.3, 1.1)))
+
+
+def _paint_noise(rng: np.random.Generator, size: int) -> np.ndarray:
+    noise = _power_noise(rng, size, rng.uniform(0.7, 1.8))
+    mixing = rng.normal(0, 0.5, (3, 3)) + np.ones((1, 3)) * rng.normal(0, 1)
+    return (_colour(rng) + rng.uniform(0.08, 0.25) * noise @ (mixing / np.linalg.norm(mixing) * 1.5)).astype(np.float32)
+
+
+def _paint_gradient(rng: np.random.Generator, size: int) -> np.ndarray:
+    y, x = np.mgrid[0:1 : size * 1j, 0:1 : size * 1j].astype(np.float32)
+    picture = np.zeros((size, size, 3), np.float32) + _colour(rng)
+    for _ in range(rng.integers(1, 4)):
+        angle = rng.uniform(0, 2 * np.pi)
+        if rng.random() < 0.5:
+            t = np.cos(angle) * (x - 0.5) + np.sin(angle) * (y - 0.5) + 0.5
+        else:
+            t = np.hypot(x - rng.random(), y - rng.random()) * rng.uniform(0.7, 1.5)
+        t = np.clip((t - rng.uniform(0, 0.5)) / rng.uniform(0.05, 1), 0, 1)[..., None]
+        picture = picture * (1 - t) + _colour(rng) * t
+    return picture
+
+
+def _paint_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
+    """Occluding ellipses, rectangles and polygons of a power-law size, many of them textured or shaded."""
+    scale = 2  # drawn twice as large and averaged down, for edges as soft as a camera's
+    side = size * scale
+    picture = _paint_gradient(rng, size) if rng.random() < 0.5 else _paint_noise(rng, size)
+    picture = np.clip(picture, 0, 1)
+    shading = _power_noise(rng, size, 1.0)
+    flat = Image.new("RGB", (side, side))
+    cover = Image.new("L", (side, side))
+    draw, mask = ImageDraw.Draw(flat), ImageDraw.Draw(cover)
+    smallest = rng.uniform(0.012, 0.06) * side
+    for _ in range(rng.integers(20, 350)):
+        radius = min(smallest * rng.uniform(1e-3, 1) ** -0.5, side / 3)
+        centre = rng.uniform(-0.1, 1.1, 2) * side
+        corners = rng.integers(3, 8) if rng.random() < 0.5 else 24
+        angles = np.sort(rng.uniform(0, 2 * np.pi, corners)) if corners < 24 else np.linspace(0, 2 * np.pi, corners)
+        tilt, flatness = rng.uniform(0, np.pi), rng.uniform(0.3, 1)
+        x, y = radius * np.cos(angles), radius * flatness * np.sin(angles)
+        points = np.stack((x * np.cos(tilt) - y * np.sin(tilt), x * np.sin(tilt) + y * np.cos(tilt)), 1) + centre
+        outline = [tuple(p) for p in points]
+        draw.polygon(outline, fill=tuple(int(255 * v) for v in _colour(rng)))
+        mask.polygon(outline, fill=int(rng.integers(150, 256)))
+    flat = np.asarray(flat.resize((size, size), Image.Resampling.BOX), np.float32) / 255
+    alpha = np.asarray(cover.resize((size, size), Image.Resampling.BOX), np.float32)[..., None] / 255
+    flat = flat + rng.uniform(0, 0.1) * shading * (rng.random() < 0.7)
+    return picture * (1 - alpha) + flat * alpha
+
+
+@cache
+def _texture_file(name: str) -> np.ndarray:
+    from skimage import data, io
+
+    picture = io.imread(f"{data.data_dir}/{name}")
+    if picture.ndim == 2:
+        picture = np.repeat(picture[..., None], 3, 2)
+    return picture[..., :3]
+
+
+def _paint_texture(rng: np.random.Generator, size: int) -> np.ndarray:
+    picture = _texture_file(TEXTURE_FILES[rng.integers(len(TEXTURE_FILES))])
+    extent = int(min(size * np.exp(rng.uniform(np.log(0.6), np.log(3))), *picture.shape[:2]))
+    top, left = (rng.integers(0, total - extent + 1) for total in picture.shape[:2])
+    crop = Image.fromarray(np.ascontiguousarray(picture[top : top + extent, left : left + extent]))
+    crop = crop.resize((size, size), Image.Resampling.BICUBIC)
+    crop = np.rot90(np.asarray(crop, np.float32) / 255, rng.integers(4))
+    if rng.random() < 0.5:
+        tint = 0.5 + 0.5 * _colour(rng)
+        crop = crop * tint / tint.max()
+    return crop.astype(np.float32)
+
+
+def _soft(mask: np.ndarray, width: float) -> np.ndarray:
+    """Signed distance-like field -> coverage in [0, 1], with an edge of the given width."""
+    return np.clip(0.5 - mask / width, 0, 1)
+
+
+def _paint_face(rng: np.random.Generator, size: int) -> np.ndarray:
+    """A shaded cartoon of a face before some background: skin, hair, eyes, brows, nose, lips, neck and clothes."""
+    background = (_paint_noise, _paint_gradient, _paint_leaves, _paint_texture)[rng.integers(4)](rng, size)
+    if rng.random() < 0.5:
+        background = ndimage.gaussian_filter(background, (*[rng.uniform(1, 6) * size / 256] * 2, 0))
+    picture = np.clip(background, 0, 1).astype(np.float32)
+
+    # Face coordinates: origin between nose and eyes, the face's half height is one.
+    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
+    zoom, roll = rng.uniform(0.3, 0.47), rng.normal(0, 0.12)
+    x, y = (x - rng.normal(0.5, 0.03)) / zoom, (y - rng.normal(0.52, 0.03)) / zoom
+    x, y = np.cos(roll) * x + np.sin(roll) * y, np.cos(roll) * y - np.sin(roll) * x
+    pixel = 1.2 / (size * zoom)
+
+    def lay(field: np.ndarray, colour: np.ndarray, edge: float = 0.0, opacity: float = 1.0) -> None:
+        nonlocal picture
+        alpha = (_soft(field, max(pixel, edge)) * opacity)[..., None]
+        picture = picture * (1 - alpha) + colour * alpha
+
+    def oval(cx: float, cy: float, rx: float, ry: float, power: float = 2.0) -> np.ndarray:
+        return ((np.abs((x - cx) / rx) ** power + np.abs((y - cy) / ry) ** power) ** (1 / power) - 1) * min(rx, ry)
+
+    tone = rng.random()
+    skin = np.float32([0.98, 0.82, 0.72]) * (1 - tone) + np.float32([0.32, 0.19, 0.13]) * tone
+    skin = np.clip(skin + rng.normal(0, 0.03, 3), 0.05, 1).astype(np.float32)
+    dark, blood = skin * 0.45, np.clip(skin * np.float32([0.95, 0.6, 0.6]), 0, 1)
+    hair = np.float32(colorsys.hsv_to_rgb(rng.uniform(0.02, 0.12), rng.uniform(0.1, 0.8), rng.beta(1, 1.6)))
+    strands = _power_noise(rng, size, 1.1, 1)
+    strands = ndimage.zoom(strands[:, : max(4, size // 6)], (1, size / max(4, size // 6), 1), order=1)[:, :size]
+    strands = strands.swapaxes(0, 1) if rng.random() < 0.5 else strands
+    locks = np.clip(hair + rng.uniform(0.03, 0.1) * strands, 0, 1)
+    width = rng.uniform(0.66, 0.82)
+
+    # Behind the face: long or short hair, clothes, neck.
+    length = rng.choice((0.2, 0.6, 1.3))
+    lay(oval(0, -0.25 + length / 2, width * 1.25, 0.95 + length / 2, 2.5), locks, 0.05)
+    lay(oval(0, 1.95, 1.5, 0.85, 2.6), np.clip(_colour(rng) + 0.04 * _power_noise(rng, size, 0.8, 1), 0, 1), 0.02)
+    lay(oval(0, 1.1, width * 0.55, 0.5, 4), skin * 0.8, 0.05)
+    for side in (-1, 1):
+        lay(oval(side * width, 0.02, 0.1, 0.2), skin * 0.88, 0.03)
+
+    # Skin, lit from one side, with pores and flush.
+    head = np.minimum(oval(0, -0.2, width, 0.82), oval(0, 0.15, width * 0.86, 0.85, 2.4))
+    light = rng.uniform(-1, 1, 2)
+    shade = 1 + 0.22 * (light[0] * x / width + light[1] * y) - 0.35 * np.clip(head + 0.25, 0, 1)
+    pores = 0.02 * _power_noise(rng, size, rng.uniform(0.2, 1.0), 1) * rng.uniform(0.3, 1.5)
+    lay(head, np.clip(skin * shade[..., None] + pores, 0, 1))
+    for side in (-1, 1):
+        lay(oval(side * 0.42, 0.3, 0.22, 0.17), blood, 0.25, rng.uniform(0, 0.35))
+
+    # Nose: a lit ridge, a shadow on one side, nostrils.
+    shadow = 1 if light[0] < 0 else -1
+    lay(oval(shadow * 0.1, 0.1, 0.06, 0.3), dark, 0.12, rng.uniform(0.2, 0.5))
+    lay(oval(-shadow * 0.02, 0.05, 0.04, 0.3), np.clip(skin * 1.25, 0, 1), 0.08, rng.uniform(0.2, 0.6))
+    lay(oval(0, 0.34, 0.15, 0.05), dark, 0.08, 0.6)
+    for side in (-1, 1):
+        lay(oval(side * 0.085, 0.35, 0.035, 0.02), dark * 0.6, 0.02, 0.8)
+
+    # Mouth: lips, the line between them, sometimes teeth.
+    mouth, smile, lips = rng.uniform(0.2, 0.33), rng.uniform(-0.15, 0.5), blood * rng.uniform(0.7, 1)
+    bend = 0.6 + smile * (0.1 - x**2 * 2)
+    lay((np.hypot(x / mouth, (y - bend) / rng.uniform(0.07, 0.12)) - 1) * 0.08, lips, 0.03)
+    if rng.random() < 0.35:
+        lay((np.hypot(x / (mouth * 0.8), (y - bend) / 0.045) - 1) * 0.045, np.float32([0.95, 0.93, 0.88]), 0.01)
+    else:
+        lay((np.hypot(x / (mouth * 0.95), (y - bend) / 0.014) - 1) * 0.014, dark * 0.6, 0.015)
+
+    # Eyes and brows.
+    apart, opening = rng.uniform(0.28, 0.36), rng.uniform(0.055, 0.1)
+    iris = np.float32(colorsys.hsv_to_rgb(rng.choice((0.07, 0.3, 0.58)), rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.7)))
+    gaze, brow_tilt, brow_height = rng.normal(0, 0.025, 2), rng.normal(0, 0.25), rng.uniform(0.16, 0.24)
+    brows = hair * rng.uniform(0.4, 0.9)
+    for side in (-1, 1):
+        cx, cy = side * apart, -0.12
+        lay(oval(cx, cy - 0.02, 0.2, 0.15), dark, 0.12, rng.uniform(0.1, 0.5))
+        lid = (np.hypot((x - cx) / 0.145, (y - cy) / opening) - 1) * opening
+        white = _soft(lid, pixel)
+        lay(lid - 0.012, dark * 0.5, 0.02)
+        lay(lid, np.float32([0.93, 0.92, 0.9]) * (0.7 + 0.3 * (y - cy + opening) / opening)[..., None].clip(0.6, 1))
+        for radius, colour in ((0.075, iris * 0.5), (0.066, iris), (0.032, iris * 0.1)):
+            disc = np.hypot(x - cx - gaze[0], y - cy - gaze[1]) - radius
+            alpha = (_soft(disc, pixel) * white)[..., None]
+            picture = picture * (1 - alpha) + colour * alpha
+        lay(np.hypot(x - cx - gaze[0] - 0.02, y - cy - gaze[1] + 0.025) - 0.016, np.float32([1, 1, 1]), 0.0, 0.9)
+        arch = cy - brow_height + side * brow_tilt * (x - cx) * 0.6 + (x - cx) ** 2 * 1.4
+        lay((np.hypot((x - cx) / 0.19, (y - arch) / 0.035) - 1) * 0.035, brows, 0.02, rng.uniform(0.6, 1))
+
+    # Hair in front, glasses now and then.
+    line = -0.62 + rng.normal(0, 0.05) + rng.normal(0, 0.25) * x + 0.25 * rng.uniform(0, 2) * x**2
+    crown = np.maximum(oval(0, -0.3, width * 1.12, 0.92, 2.3), y - line)
+    if rng.random() < 0.92:
+        lay(crown, locks, 0.04)
+    if rng.random() < 0.2:
+        frame = _colour(rng) * 0.5
+        for side in (-1, 1):
+            lay(np.abs(oval(side * apart, -0.1, 0.24, 0.17, 3)) - 0.014, frame)
+        lay(np.maximum(np.abs(x) - (apart - 0.23), np.abs(y + 0.12) - 0.014), frame)
+    return picture
+
+
+_PAINTERS = {
+    "face": _paint_face,
+    "leaves": _paint_leaves,
+    "noise": _paint_noise,
+    "gradient": _paint_gradient,
+    "texture": _paint_texture,
+}

@@ -1,0 +1,10 @@
+"""The ops: fused kernels with plain-PyTorch twins, automatic or explicit choice of path, and full torch integration.
+
+Every op takes and returns ordinary tensors, works under autograd, forward mode, vmap, autocast, `torch.compile` and `torch.export`,
+and is registered as `torch.ops.pyface.*`.
+"""
+
+from pyface.ops._paths import PATHS, PathError, paths, table
+from pyface.ops.coupling import affine_coupling, haar_dwt2d, haar_idwt2d
+
+__all__ = ["PATHS", "PathError", "affine_coupling", "haar_dwt2d", "haar_idwt2d", "paths", "table"]

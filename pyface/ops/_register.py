@@ -1,0 +1,102 @@
+"""From one description of an op to everything torch wants of it: dispatcher entry, fake, autograd, forward mode, vmap.
+
+Two doors lead to the same implementation. `torch.ops.pyface.<name>` is what compilers, exporters and modes see. The eager door skips
+the dispatcher, which for small tensors costs more than the kernel: straight to the implementation without gradients, through one
+`autograd.Function` with them. Both doors share the very same `setup_context`, `backward` and `vmap` functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+from torch.autograd import forward_ad
+
+LIBRARY = torch.library.Library("pyface", "DEF")
+
+_functorch_is_active = torch._C._are_functorch_transforms_active
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # autograd.grad(is_grads_batched=True)
+_plain_types = {torch.Tensor, torch.nn.Parameter}
+
+
+def register(
+    name: str,
+    schema: str,
+    tensors: int,
+    implementation: Callable,
+    fake: Callable,
+    *,
+    setup_context: Callable,
+    backward: Callable,
+    jvp: Callable | None = None,
+    vmap: Callable | None = None,
+) -> Callable:
+    """Registers `pyface::<name>` and returns its eager door, a function of positional arguments.
+
+    Args:
+        name: the op's name.
+        tensors: how many of the first arguments are tensors (or None); the others never are.
+        schema: arguments and results in torch's schema language, "(Tensor x, ...) -> (Tensor, Tensor)".
+        implementation: checks every argument, picks a path and computes. Results never alias arguments; one that was not asked for
+            is None, which the dispatcher shows as an empty tensor of the first argument's dtype.
+        fake: the same checks and result shapes without data, with that empty tensor for what was not asked for.
+        setup_context: `(ctx, inputs, output)`, saves what backward (and jvp) need.
+        backward: `(ctx, *grads)`, one gradient per argument; must itself be differentiable for second order.
+        jvp: `(ctx, *tangents)` for forward mode, using `ctx.saved_tensors`.
+        vmap: `(info, in_dims, *args) -> (results, out_dims)`.
+    """
+    qualified = f"pyface::{name}"
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, lambda *args: _filled(implementation(*args), args[0]), "CompositeExplicitAutograd")
+    torch.library.register_fake(qualified, fake, lib=LIBRARY)
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
+    if vmap is not None:
+        torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
+    dispatched = getattr(torch.ops.pyface, name).default
+
+    def forward(*args):
+        return implementation(*args)
+
+    def setup_with_tangents(ctx, inputs, output):
+        setup_context(ctx, inputs, output)
+        if jvp is not None:
+            ctx.save_for_forward(*ctx.to_save)
+
+    def forward_and_setup(ctx, *args):
+        output = implementation(*args)
+        setup_with_tangents(ctx, args, output)
+        return output
+
+    rules = {"backward": backward} | ({} if jvp is None else {"jvp": jvp})
+    transformable = rules | {"forward": forward, "setup_context": setup_with_tangents} | ({} if vmap is None else {"vmap": vmap})
+    # The form with setup_context is the one function transforms accept; it inspects signatures at every call, which costs more than
+    # a small kernel, so plain autograd goes through the older form.
+    apply_transformed = _function(name, transformable).apply
+    apply = _function(name, rules | {"forward": forward_and_setup}).apply
+
+    def call(*args):
+        needs_grad = False
+        for arg in args[:tensors]:
+            if arg is not None:
+                if type(arg) not in _plain_types or _is_legacy_batched(arg):
+                    return dispatched(*args)
+                needs_grad = needs_grad or arg.requires_grad
+        if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+            return dispatched(*args)
+        if _functorch_is_active():
+            return apply_transformed(*args)
+        if (needs_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
+            return apply(*args)
+        return implementation(*args)
+
+    return call
+
+
+def _filled(output: Tensor | tuple, first: Tensor) -> Tensor | tuple[Tensor, ...]:
+    return tuple(first.new_empty(0) if t is None else t for t in output) if isinstance(output, tuple) else output
+
+
+def _function(name: str, members: dict[str, Callable]) -> type[torch.autograd.Function]:
+    return type(name, (torch.autograd.Function,), {key: staticmethod(member) for key, member in members.items()})
