@@ -160,8 +160,13 @@ class BuildCores(build_ext):
         ninja.build("compile", "bindings.o", [ROOT / "csrc" / "bindings" / "cpu.cpp"], extra=" ".join(foreign))
         self.finish(ninja, ext, objects)
         version = (run([*shlex.split(cxx), "--version"]) or "?").splitlines()[0]
-        self.record["cpu"] = {"built": True, "compiler": version, "flags": " ".join(flags), "isas": list(isas),
-                              "openmp": bool(openmp)}
+        self.record["cpu"] = {
+            "built": True,
+            "compiler": version,
+            "flags": " ".join(flags),
+            "isas": list(isas),
+            "openmp": bool(openmp),
+        }
 
     def build_cuda(self, ext):
         wanted = os.environ.get("PYFACE_CUDA", "auto")
@@ -172,7 +177,10 @@ class BuildCores(build_ext):
         nvcc, reason = find_nvcc()
         if nvcc is None:
             raise BuildError(reason)
-        archs = [a.strip().removeprefix("sm_") for a in os.environ.get("PYFACE_CUDA_ARCHS", "80;90").replace(",", ";").split(";")]
+        archs = [
+            a.strip().removeprefix("sm_")
+            for a in os.environ.get("PYFACE_CUDA_ARCHS", "80;90").replace(",", ";").split(";")
+        ]
         if not all(a and a[0].isdigit() for a in archs):
             raise BuildError(f"PYFACE_CUDA_ARCHS={os.environ['PYFACE_CUDA_ARCHS']!r} is not a list like '80;90'")
         gencode = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in archs]
@@ -181,7 +189,9 @@ class BuildCores(build_ext):
         ninja = Ninja(self.folder / "cuda")
         flags = ["-O3", "-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden", f"-ccbin={shlex.split(find_cxx())[0]}"]
         define = f"'-DPYFACE_CUDA_ARCHS=\"{';'.join(archs)}\"'"
-        ninja.rule("compile", f"{nvcc} -MMD -MF $out.d {' '.join(flags + gencode + own)} {define} $extra -c $in -o $out")
+        ninja.rule(
+            "compile", f"{nvcc} -MMD -MF $out.d {' '.join(flags + gencode + own)} {define} $extra -c $in -o $out"
+        )
         ninja.rule("link", f"{nvcc} -shared -cudart static $in -o $out", depfile=False)
         objects = [f"{core}.o" for core in CUDA_CORES]
         for core in CUDA_CORES:
@@ -190,7 +200,11 @@ class BuildCores(build_ext):
         extra = " ".join(f.replace("-isystem", "-isystem=") for f in foreign)
         ninja.build("compile", "bindings.o", [ROOT / "csrc" / "bindings" / "cuda.cpp"], extra=extra)
         self.finish(ninja, ext, objects)
-        self.record["cuda"] = {"built": True, "nvcc": run([nvcc, "--version"]).splitlines()[-2], "archs": ";".join(archs)}
+        self.record["cuda"] = {
+            "built": True,
+            "nvcc": run([nvcc, "--version"]).splitlines()[-2],
+            "archs": ";".join(archs),
+        }
 
     def finish(self, ninja, ext, objects):
         module = Path(self.get_ext_filename(ext.name)).name
@@ -202,7 +216,10 @@ class BuildCores(build_ext):
 
     def write_record(self):
         """_build.json beside the modules: what was built, how, and why the rest was not."""
-        for package in {Path(self.get_ext_fullpath("pyface._cpu")).parent, *([ROOT / "pyface"] if self.inplace else [])}:
+        for package in {
+            Path(self.get_ext_fullpath("pyface._cpu")).parent,
+            *([ROOT / "pyface"] if self.inplace else []),
+        }:
             (package / "_build.json").write_text(json.dumps(self.record, indent=2) + "\n")
 
 

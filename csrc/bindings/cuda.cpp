@@ -5,7 +5,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "../cuda/coupling.h"
+#include "cuda/coupling.h"
 
 #ifndef PYFACE_CUDA_ARCHS
 #define PYFACE_CUDA_ARCHS ""
@@ -30,9 +30,27 @@ void check(cudaError_t error, const char* what) {
                            cudaGetErrorString(error));
 }
 
+// Makes `device` current for one call, and gives the caller's back.
+class DeviceGuard {
+ public:
+  explicit DeviceGuard(int device) : device_(device) {
+    check(cudaGetDevice(&before_), "cudaGetDevice");
+    if (before_ != device_) check(cudaSetDevice(device_), "cudaSetDevice");
+  }
+  ~DeviceGuard() {
+    if (before_ != device_) cudaSetDevice(before_);
+  }
+  DeviceGuard(const DeviceGuard&) = delete;
+  DeviceGuard& operator=(const DeviceGuard&) = delete;
+
+ private:
+  int device_, before_ = 0;
+};
+
 void coupling_forward(Address x, Address s, Address t, Address y, Address log_det, std::int64_t batch, std::int64_t inner,
                       std::int64_t x_stride, std::int64_t s_stride, std::int64_t t_stride, std::int64_t y_stride, int x_type,
-                      int st_type, int activation, double clamp, bool inverse, Address scratch, Address stream) {
+                      int st_type, int activation, double clamp, bool inverse, Address scratch, int device,
+                      Address stream) {
   const pyface::CouplingForward call{at(x),
                                      at(s),
                                      at(t),
@@ -49,13 +67,14 @@ void coupling_forward(Address x, Address s, Address t, Address y, Address log_de
                                      static_cast<Activation>(activation),
                                      clamp,
                                      inverse};
+  const DeviceGuard guard(device);
   check(pyface::cuda::coupling_forward(call, at<double>(scratch), at<CUstream_st>(stream)), "coupling_forward");
 }
 
 void coupling_backward(Address grad_out, Address grad_log_det, Address value, Address s, Address t, Address grad_x,
                        Address grad_s, std::int64_t batch, std::int64_t inner, std::int64_t grad_out_stride,
                        std::int64_t value_stride, std::int64_t s_stride, std::int64_t t_stride, int x_type, int st_type,
-                       int activation, double clamp, bool inverse, bool from_output, Address stream) {
+                       int activation, double clamp, bool inverse, bool from_output, int device, Address stream) {
   const pyface::CouplingBackward call{at(grad_out),
                                       at(grad_log_det),
                                       at(value),
@@ -75,12 +94,14 @@ void coupling_backward(Address grad_out, Address grad_log_det, Address value, Ad
                                       clamp,
                                       inverse,
                                       from_output};
+  const DeviceGuard guard(device);
   check(pyface::cuda::coupling_backward(call, at<CUstream_st>(stream)), "coupling_backward");
 }
 
 void haar(Address input, Address output, std::int64_t batch, std::int64_t channels, std::int64_t rows, std::int64_t cols, int type,
-          bool inverse, Address stream) {
+          bool inverse, int device, Address stream) {
   const pyface::Haar call{at(input), at(output), batch, channels, rows, cols, static_cast<DType>(type), inverse};
+  const DeviceGuard guard(device);
   check(pyface::cuda::haar(call, at<CUstream_st>(stream)), "haar");
 }
 
@@ -116,12 +137,14 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("coupling_forward", &coupling_forward, Released(), py::arg("x"), py::arg("s"), py::arg("t"), py::arg("y"),
              py::arg("log_det"), py::arg("batch"), py::arg("inner"), py::arg("x_stride"), py::arg("s_stride"),
              py::arg("t_stride"), py::arg("y_stride"), py::arg("x_type"), py::arg("st_type"), py::arg("activation"),
-             py::arg("clamp"), py::arg("inverse"), py::arg("scratch"), py::arg("stream"));
+             py::arg("clamp"), py::arg("inverse"), py::arg("scratch"), py::arg("device"),
+             py::arg("stream"));
   module.def("coupling_backward", &coupling_backward, Released(), py::arg("grad_out"), py::arg("grad_log_det"),
              py::arg("value"), py::arg("s"), py::arg("t"), py::arg("grad_x"), py::arg("grad_s"), py::arg("batch"),
              py::arg("inner"), py::arg("grad_out_stride"), py::arg("value_stride"), py::arg("s_stride"), py::arg("t_stride"),
              py::arg("x_type"), py::arg("st_type"), py::arg("activation"), py::arg("clamp"), py::arg("inverse"),
-             py::arg("from_output"), py::arg("stream"));
+             py::arg("from_output"), py::arg("device"), py::arg("stream"));
   module.def("haar", &haar, Released(), py::arg("input"), py::arg("output"), py::arg("batch"), py::arg("channels"),
-             py::arg("rows"), py::arg("cols"), py::arg("type"), py::arg("inverse"), py::arg("stream"));
+             py::arg("rows"), py::arg("cols"), py::arg("type"), py::arg("inverse"), py::arg("device"),
+             py::arg("stream"));
 }

@@ -1,9 +1,9 @@
-#include "coupling.h"
+#include "cuda/coupling.h"
 
 #include <cmath>
 
-#include "launch.h"
-#include "numbers.h"
+#include "cuda/launch.h"
+#include "cuda/numbers.h"
 
 namespace pyface::cuda {
 namespace {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import signal
 import sys
+import warnings
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -30,12 +31,12 @@ class Verbs(TyperGroup):
         super().__init__(**attrs)
         self.commands = {name: TyperCommand(name, help=text) for name, text in VERBS.items()}
 
-    def resolve_command(self, ctx, args):  # noqa: D102 - the base class documents it
+    def resolve_command(self, ctx, args):
         if args[0] in VERBS:
             return args[0], _load(args[0]), args[1:]
         return super().resolve_command(ctx, args)
 
-    def invoke(self, ctx):  # noqa: D102
+    def invoke(self, ctx):
         try:
             return super().invoke(ctx)
         except UserError as error:
@@ -81,6 +82,7 @@ def root(
 
 def run() -> NoReturn:
     """Console entry point: run the command line of this process, and exit."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"
     # A polite kill unwinds like Ctrl-C, so that no temporary file stays behind.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:

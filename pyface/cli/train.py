@@ -39,7 +39,7 @@ def train(
 
     if method not in list_models():
         raise UserError(f"cannot train {method!r}; known: {', '.join(list_models())}")
-    from pyface.methods.proface_s.recipe import Config, evaluate, export
+    from pyface.methods.proface_s.recipe import Config, evaluate, export, validation_pictures
     from pyface.methods.proface_s.recipe import train as run
 
     given = {"steps": steps, "max_minutes": max_minutes, "scenes": scenes, "seed": seed}
@@ -54,7 +54,7 @@ def train(
     model = run(config, folder, perceptual=perceptual, quiet=as_json)
     weights = folder / f"{method}.safetensors"
     export(model, weights)
-    _show(evaluate(model), weights, as_json)
+    _show(evaluate(model, validation_pictures(config.validation_size)), weights, as_json)
 
 
 def _vgg_lpips():

@@ -95,15 +95,15 @@ class CascadeDetector:
     at reduced size, from about 2 % of the longer side on. Profiles and covered faces are missed: look at the result.
 
     Args:
-        votes: overlapping hits that make a face. Eight finds what four finds on single faces and leaves hardly a
-            false alarm on textures.
+        votes: overlapping hits that make a face. Four found one more of fifty faces of ``lfw_subset`` than five (45
+            against 44), but began to see faces in scikit-image's other pictures, where five sees none.
         margin: growth of the box around its centre, because the cascade frames eyes to mouth, not hair and chin.
         max_megapixels: larger photos are searched at reduced size.
     """
 
     MIN_FACE = 32
 
-    def __init__(self, votes: int = 8, margin: float = 1.6, max_megapixels: float = 2.0) -> None:
+    def __init__(self, votes: int = 5, margin: float = 1.6, max_megapixels: float = 2.0) -> None:
         self.votes, self.margin, self.max_megapixels = votes, margin, max_megapixels
 
     def __call__(self, photo: np.ndarray, /) -> list[Box]:
@@ -118,7 +118,7 @@ class CascadeDetector:
         hits = _cascade().detect_multi_scale(
             img=grey,
             scale_factor=1.1,
-            step_ratio=1,
+            step_ratio=1.5,
             min_size=(self.MIN_FACE, self.MIN_FACE),
             max_size=grey.shape,
             min_neighbor_number=self.votes,

@@ -44,7 +44,7 @@ def scene(seed: int, index: int, size: int = 256, kind: str | None = None) -> np
     rng = np.random.default_rng((seed, index))
     drawn = rng.choice(KINDS, p=_MIX)
     picture = _PAINTERS[kind or drawn](rng, size)
-    return np.clip(np.rint(_develop(rng, picture) * 255), 0, 255).astype(np.uint8)
+    return np.ascontiguousarray(np.clip(np.rint(_develop(rng, picture) * 255), 0, 255).astype(np.uint8))
 
 
 def _develop(rng: np.random.Generator, picture: np.ndarray) -> np.ndarray:

@@ -1,7 +1,7 @@
 """The ops: fused kernels with plain-PyTorch twins, automatic or explicit choice of path, and full torch integration.
 
-Every op takes and returns ordinary tensors, works under autograd, forward mode, vmap, autocast, `torch.compile` and `torch.export`,
-and is registered as `torch.ops.pyface.*`.
+Every op takes and returns ordinary tensors, works under autograd, forward mode, vmap, autocast, `torch.compile` and
+`torch.export`, and is registered as `torch.ops.pyface.*`.
 """
 
 from pyface.ops._paths import PATHS, PathError, paths, table

@@ -1,7 +1,7 @@
 """Paths: the ways an op can be computed, why one cannot serve a call, and which one does.
 
-A path answers "why can't you serve this call?" with a list of sentences. That one answer drives the automatic choice, the explicit
-choice (`pyface.paths("triton")`, `PYFACE_PATH=triton`), the error text and the table of `pyface info`.
+A path answers "why can't you serve this call?" with a list of sentences. That one answer drives the automatic choice,
+the explicit choice (`pyface.paths("triton")`, `PYFACE_PATH=triton`), the error text and the table of `pyface info`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ class PathError(UserError, RuntimeError):
     """No path, or not the path that was asked for, can serve a call. The message lists every reason."""
 
 
-# ---- what this installation and this machine have -------------------------------------------------------------------------------
+# ---- what this installation and this machine have -------------------------------------------------------------------
 
 
 @functools.cache
@@ -48,7 +48,10 @@ def load_module(name: str) -> tuple[ModuleType | None, str | None]:
             return None, f"pyface.{name} is installed but does not load: {error}"
         record = build_record()
         if not record:
-            return None, f"pyface.{name} was not built: install the package (pip install .) instead of running from its source"
+            return (
+                None,
+                f"pyface.{name} was not built: install the package (pip install .) instead of running from its source",
+            )
         why = record.get(name.lstrip("_"), {}).get("reason", "the build record gives no reason")
         return None, f"pyface.{name} was not built: {why}"
     if name == "_cpu" and "PYFACE_CPU_ISA" in os.environ:
@@ -88,7 +91,7 @@ def machine_reasons(path: str) -> tuple[str, ...]:
     return ()
 
 
-# ---- the explicit choice --------------------------------------------------------------------------------------------------------
+# ---- the explicit choice --------------------------------------------------------------------------------------------
 
 
 def _check_path(name: str | None, source: str) -> str | None:
@@ -117,8 +120,9 @@ class paths:
     Args:
         name: "reference", "cpu", "triton", "cuda", or "auto" / None for the automatic choice.
 
-    A path that cannot serve a call inside the context raises `PathError` with its reasons: an explicit choice is never replaced.
-    The choice holds for the whole process, like torch's backend flags; a backward pass takes the path of its forward pass.
+    A path that cannot serve a call inside the context raises `PathError` with its reasons: an explicit choice is
+    never replaced. The choice holds for the whole process, like torch's backend flags; a backward pass takes the path
+    of its forward pass.
     """
 
     def __init__(self, name: str | None):
@@ -134,7 +138,7 @@ class paths:
         _chosen = self.previous
 
 
-# ---- a core and its paths -------------------------------------------------------------------------------------------------------
+# ---- a core and its paths -------------------------------------------------------------------------------------------
 
 
 @dataclass
@@ -169,11 +173,15 @@ class Core:
             why.append(f"it takes CUDA tensors, these are on {device}")
         if path == "triton" and device != "cuda":
             if not triton_is_interpreted():
-                why.append(f"it takes CUDA tensors, these are on {device} (TRITON_INTERPRET=1 runs it slowly on the CPU)")
+                why.append(
+                    f"it takes CUDA tensors, these are on {device} (TRITON_INTERPRET=1 runs it slowly on the CPU)"
+                )
             elif not explicit:
                 why.append("interpreted Triton is for checks and must be asked for by name")
         if path in self.dtypes and dtypes not in self.dtypes[path]:
-            why.append(f"it does not take {_names(dtypes)}; it takes {'; '.join(sorted(map(_names, self.dtypes[path])))}")
+            why.append(
+                f"it does not take {_names(dtypes)}; it takes {'; '.join(sorted(map(_names, self.dtypes[path])))}"
+            )
         return why
 
     def pick(self, device: str, dtypes: tuple[torch.dtype, ...], chosen: str | None) -> object:
@@ -191,7 +199,9 @@ class Core:
         if chosen is not None:
             why = self.reasons(chosen, device, dtypes, explicit=True)
             if why:
-                raise PathError(f"{self.name}: the path {chosen!r} was asked for but cannot serve this call: {'; '.join(why)}")
+                raise PathError(
+                    f"{self.name}: the path {chosen!r} was asked for but cannot serve this call: {'; '.join(why)}"
+                )
             return chosen
         refused = {}
         for path in self.order:
@@ -199,10 +209,12 @@ class Core:
             if not why:
                 break
             refused[path] = why
-        if path == "reference" and refused.get(device):  # the compiled path of this very device is missing: slower, so said once
+        if path == "reference" and refused.get(
+            device
+        ):  # the compiled path of this very device is missing: slower, so said once
             warnings.warn(
-                f"pyface: {self.name} runs on the reference path (plain PyTorch, several times slower) for {_names(dtypes)} on "
-                f"{device}: {'; '.join(refused[device])}",
+                f"pyface: {self.name} runs on the reference path (plain PyTorch, several times slower) for "
+                f"{_names(dtypes)} on {device}: {'; '.join(refused[device])}",
                 stacklevel=4,
             )
         return path
@@ -222,6 +234,6 @@ def table() -> list[dict]:
         for path in PATHS:
             missing = [] if path in core.load else [f"core {core.name} has no {path} path"]
             reasons = missing or list(machine_reasons(path))
-            dtypes = sorted(map(_names, core.dtypes[path])) if path in core.dtypes else ["any floating type"]
+            dtypes = sorted(set(map(_names, core.dtypes[path]))) if path in core.dtypes else ["any floating type"]
             rows.append({"core": core.name, "path": path, "usable": not reasons, "reasons": reasons, "dtypes": dtypes})
     return rows

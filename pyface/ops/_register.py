@@ -1,12 +1,14 @@
 """From one description of an op to everything torch wants of it: dispatcher entry, fake, autograd, forward mode, vmap.
 
-Two doors lead to the same implementation. `torch.ops.pyface.<name>` is what compilers, exporters and modes see. The eager door skips
-the dispatcher, which for small tensors costs more than the kernel: straight to the implementation without gradients, through one
-`autograd.Function` with them. Both doors share the very same `setup_context`, `backward` and `vmap` functions.
+Two doors lead to the same implementation. `torch.ops.pyface.<name>` is what compilers, exporters and modes see. The
+eager door skips the dispatcher, which for small tensors costs more than the kernel: straight to the implementation
+without gradients, through one `autograd.Function` with them. Both doors share the very same `setup_context`,
+`backward` and `vmap` functions.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -39,22 +41,23 @@ def register(
         name: the op's name.
         tensors: how many of the first arguments are tensors (or None); the others never are.
         schema: arguments and results in torch's schema language, "(Tensor x, ...) -> (Tensor, Tensor)".
-        implementation: checks every argument, picks a path and computes. Results never alias arguments; one that was not asked for
-            is None, which the dispatcher shows as an empty tensor of the first argument's dtype.
+        implementation: checks every argument, picks a path and computes. Results never alias arguments; one that was
+            not asked for is None, which the dispatcher shows as an empty tensor of the first argument's dtype.
         fake: the same checks and result shapes without data, with that empty tensor for what was not asked for.
         setup_context: `(ctx, inputs, output)`, saves what backward (and jvp) need.
         backward: `(ctx, *grads)`, one gradient per argument; must itself be differentiable for second order.
         jvp: `(ctx, *tangents)` for forward mode, using `ctx.saved_tensors`.
-        vmap: `(info, in_dims, *args) -> (results, out_dims)`.
+        vmap: `(op, info, in_dims, *args) -> (results, out_dims)`, calling `op` on tensors with the mapped dimension
+            folded in.
     """
     qualified = f"pyface::{name}"
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, lambda *args: _filled(implementation(*args), args[0]), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
     torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
-    if vmap is not None:
-        torch.library.register_vmap(qualified, vmap, lib=LIBRARY)
     dispatched = getattr(torch.ops.pyface, name).default
+    if vmap is not None:
+        torch.library.register_vmap(qualified, functools.partial(vmap, dispatched), lib=LIBRARY)
 
     def forward(*args):
         return implementation(*args)
@@ -70,21 +73,23 @@ def register(
         return output
 
     rules = {"backward": backward} | ({} if jvp is None else {"jvp": jvp})
-    transformable = rules | {"forward": forward, "setup_context": setup_with_tangents} | ({} if vmap is None else {"vmap": vmap})
-    # The form with setup_context is the one function transforms accept; it inspects signatures at every call, which costs more than
-    # a small kernel, so plain autograd goes through the older form.
+    transformable = rules | {"forward": forward, "setup_context": setup_with_tangents}
+    if vmap is not None:
+        transformable["vmap"] = lambda info, in_dims, *args: vmap(call, info, in_dims, *args)
+    # The form with setup_context is the one function transforms accept; it inspects signatures at every call, which
+    # costs more than a small kernel, so plain autograd goes through the older form.
     apply_transformed = _function(name, transformable).apply
     apply = _function(name, rules | {"forward": forward_and_setup}).apply
 
     def call(*args):
+        if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+            return dispatched(*args)
         needs_grad = False
         for arg in args[:tensors]:
             if arg is not None:
                 if type(arg) not in _plain_types or _is_legacy_batched(arg):
                     return dispatched(*args)
                 needs_grad = needs_grad or arg.requires_grad
-        if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
-            return dispatched(*args)
         if _functorch_is_active():
             return apply_transformed(*args)
         if (needs_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:

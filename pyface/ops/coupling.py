@@ -1,7 +1,7 @@
 """Op table of core `coupling`: affine coupling and the Haar wavelet.
 
-Order of this file: argument checks, the paths' implementations, the ops with their gradients, the public functions. Every argument
-is checked here, once, before any pointer is taken.
+Order of this file: argument checks, the paths' implementations, the ops with their gradients, the public functions.
+Every argument is checked here, once, before any pointer is taken.
 """
 
 from __future__ import annotations
@@ -20,18 +20,19 @@ from pyface.ops.reference import coupling as reference
 ACTIVATIONS = {"none": 0, "sigmoid": 1, "tanh": 2, "atan": 3}
 _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
-# ---- checks -----------------------------------------------------------------------------------------------------------------------
+# ---- checks ---------------------------------------------------------------------------------------------------------
 
 
 def _check_coupling(x: Tensor, log_scale: Tensor, shift: Tensor, clamp: float, activation: str) -> None:
     if x.shape != log_scale.shape or x.shape != shift.shape:
         raise ValueError(
-            f"affine_coupling: x, log_scale and shift must have one shape, got {tuple(x.shape)}, {tuple(log_scale.shape)} and "
-            f"{tuple(shift.shape)}"
+            f"affine_coupling: x, log_scale and shift must have one shape, got {tuple(x.shape)}, "
+            f"{tuple(log_scale.shape)} and {tuple(shift.shape)}"
         )
     if x.device != log_scale.device or x.device != shift.device:
         raise ValueError(
-            f"affine_coupling: x, log_scale and shift must be on one device, got {x.device}, {log_scale.device} and {shift.device}"
+            f"affine_coupling: x, log_scale and shift must be on one device, got {x.device}, {log_scale.device} and "
+            f"{shift.device}"
         )
     s_dtype = log_scale.dtype
     if s_dtype != shift.dtype or x.dtype not in _DTYPE_CODES or s_dtype not in _DTYPE_CODES:
@@ -44,7 +45,9 @@ def _check_coupling(x: Tensor, log_scale: Tensor, shift: Tensor, clamp: float, a
     if not 0 <= clamp < math.inf:
         raise ValueError(f"affine_coupling: clamp must be a finite number >= 0, got {clamp}")
     if activation not in ACTIVATIONS:
-        raise ValueError(f"affine_coupling: clamp_activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}")
+        raise ValueError(
+            f"affine_coupling: clamp_activation must be one of {', '.join(ACTIVATIONS)}, got {activation!r}"
+        )
 
 
 def _check_haar(name: str, x: Tensor) -> None:
@@ -53,14 +56,16 @@ def _check_haar(name: str, x: Tensor) -> None:
     if x.dtype not in _DTYPE_CODES:
         raise TypeError(f"{name}: expected a floating-point tensor, got {x.dtype}")
     if name == "haar_dwt2d" and (x.shape[2] % 2 or x.shape[3] % 2):
-        raise ValueError(f"{name}: height and width must be even, got {x.shape[2]} x {x.shape[3]}; pad or crop the input")
+        raise ValueError(
+            f"{name}: height and width must be even, got {x.shape[2]} x {x.shape[3]}; pad or crop the input"
+        )
     if name == "haar_idwt2d" and x.shape[1] % 4:
         raise ValueError(f"{name}: channels must be a multiple of 4 (LL, HL, LH, HH), got {x.shape[1]}")
 
 
-# ---- layout -----------------------------------------------------------------------------------------------------------------------
-# Element-wise maths needs one element order inside a sample, shared by all tensors, and does not care how far samples lie apart:
-# the halves of a packed sub-net output and tensors expanded over the batch are taken as they are.
+# ---- layout ---------------------------------------------------------------------------------------------------------
+# Element-wise maths needs one element order inside a sample, shared by all tensors, and does not care how far samples
+# lie apart: the halves of a packed sub-net output and tensors expanded over the batch are taken as they are.
 
 
 def _order(x: Tensor) -> torch.memory_format:
@@ -94,7 +99,7 @@ def _log_det_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
-# ---- paths ------------------------------------------------------------------------------------------------------------------------
+# ---- paths ----------------------------------------------------------------------------------------------------------
 # Each implementation has forward, backward, haar_dwt2d and haar_idwt2d on checked and aligned tensors.
 
 
@@ -111,9 +116,9 @@ def _reference() -> object:
     ):
         wide = torch.promote_types(value.dtype, torch.float32)
         s, v, g = log_scale.to(wide), value.to(wide), grad_out.to(wide)
-        l = reference.clamped_log_scale(s, clamp, activation)
+        log_gain = reference.clamped_log_scale(s, clamp, activation)
         slope, _ = reference.log_scale_slopes(s, clamp, activation)
-        grad_x = g * torch.exp(-l if inverse else l)
+        grad_x = g * torch.exp(-log_gain if inverse else log_gain)
         lam = 0 if grad_log_det is None else grad_log_det.to(wide).reshape(-1, *[1] * (v.dim() - 1))
         through = g * (v - shift.to(wide)) if from_output else (g if inverse else grad_x) * v
         grad_s = (-1 if inverse else 1) * (through + lam) * slope
@@ -148,7 +153,19 @@ class _Compiled:
         return y, sums
 
     def backward(
-        self, grad_out, grad_log_det, value, log_scale, shift, *, clamp, activation, inverse, from_output, needs_x, needs_s
+        self,
+        grad_out,
+        grad_log_det,
+        value,
+        log_scale,
+        shift,
+        *,
+        clamp,
+        activation,
+        inverse,
+        from_output,
+        needs_x,
+        needs_s,
     ):
         batch = value.shape[0]
         grad_x = _empty(value) if needs_x else None
@@ -202,7 +219,8 @@ class _Cuda(_Compiled):
         return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
     def scratch(self, x, batch, inner):
-        """Partial sums of the log-determinant. The caching allocator keeps the memory for this stream's later kernels only."""
+        """Partial sums of the log-determinant. The caching allocator keeps the memory for this stream's later
+        kernels only."""
         count = self.module.coupling_scratch(batch, inner)
         return (torch.empty(count, dtype=torch.float64, device=x.device).data_ptr(),)
 
@@ -238,7 +256,7 @@ CORE = Core(
     },
 )
 
-# ---- affine coupling --------------------------------------------------------------------------------------------------------------
+# ---- affine coupling ------------------------------------------------------------------------------------------------
 
 
 def _forward(x, log_scale, shift, clamp, activation, inverse, log_det, path):
@@ -317,10 +335,10 @@ def _sum_samples(v: Tensor) -> Tensor:
 
 def _jvp(ctx, dx, ds, dt, *_):
     value, s, t = ctx.saved_tensors
-    l = reference.clamped_log_scale(s, ctx.clamp, ctx.activation)
+    log_gain = reference.clamped_log_scale(s, ctx.clamp, ctx.activation)
     through = 0 if ds is None else reference.log_scale_slopes(s, ctx.clamp, ctx.activation)[0] * ds
     sign = -1 if ctx.inverse else 1
-    e = torch.exp(sign * l)
+    e = torch.exp(sign * log_gain)
     moved = 0 if dx is None else dx
     if ctx.inverse:
         dy = e * (moved - (0 if dt is None else dt)) - value * through
@@ -340,16 +358,16 @@ def _backward_setup(ctx, inputs, output):
 def _second_order(ctx, u, v):
     """Gradients of (grad_x, grad_s) in plain, again differentiable, PyTorch. u and v are their cotangents.
 
-    grad_x = g e and grad_s = sign (g m + lam) l', where e = exp(sign l) and m is what multiplies g: x e for the forward op, y - t
-    from its output, x_out for the inverse.
+    grad_x = g e and grad_s = sign (g m + lam) l', where e = exp(sign l) and m is what multiplies g: x e for the
+    forward op, y - t from its output, x_out for the inverse.
     """
     g, lam, value, s, shift = ctx.saved_tensors
     wide = torch.promote_types(value.dtype, torch.float32)
     g, value, s = g.to(wide), value.to(wide), s.to(wide)
     sign = -1 if ctx.inverse else 1
-    l = reference.clamped_log_scale(s, ctx.clamp, ctx.activation)
+    log_gain = reference.clamped_log_scale(s, ctx.clamp, ctx.activation)
     slope, curvature = reference.log_scale_slopes(s, ctx.clamp, ctx.activation)
-    e = torch.exp(sign * l)
+    e = torch.exp(sign * log_gain)
     u = u.to(wide) if u is not None and ctx.needs_x else torch.zeros_like(g)
     v = v.to(wide) if v is not None and ctx.needs_s else torch.zeros_like(g)
     lam_full = 0 if lam is None else _per_sample(lam.to(wide), g)
@@ -382,20 +400,20 @@ def _unstack(size: int, t: Tensor | None) -> Tensor | None:
     return None if t is None else t.reshape(size, t.shape[0] // size, *t.shape[1:])
 
 
-def _vmap(info, in_dims, x, log_scale, shift, *options):
-    y, log_det = _affine_coupling(*_stack(info.batch_size, (x, log_scale, shift), in_dims), *options)
+def _vmap(op, info, in_dims, x, log_scale, shift, *options):
+    y, log_det = op(*_stack(info.batch_size, (x, log_scale, shift), in_dims), *options)
     return (_unstack(info.batch_size, y), _unstack(info.batch_size, log_det)), (0, None if log_det is None else 0)
 
 
-def _backward_vmap(info, in_dims, *args):
-    out = _affine_coupling_backward(*_stack(info.batch_size, args[:5], in_dims[:5]), *args[5:])
+def _backward_vmap(op, info, in_dims, *args):
+    out = op(*_stack(info.batch_size, args[:5], in_dims[:5]), *args[5:])
     return tuple(_unstack(info.batch_size, t) for t in out), tuple(None if t is None else 0 for t in out)
 
 
 _affine_coupling_backward = register(
     "affine_coupling_backward",
-    "(Tensor grad_out, Tensor? grad_log_det, Tensor value, Tensor log_scale, Tensor? shift, float clamp, str clamp_activation, "
-    "bool inverse, bool from_output, bool needs_x, bool needs_s, str? path) -> (Tensor, Tensor)",
+    "(Tensor grad_out, Tensor? grad_log_det, Tensor value, Tensor log_scale, Tensor? shift, float clamp, "
+    "str clamp_activation, bool inverse, bool from_output, bool needs_x, bool needs_s, str? path) -> (Tensor, Tensor)",
     5,
     _backward,
     _backward_fake,
@@ -406,8 +424,8 @@ _affine_coupling_backward = register(
 
 _affine_coupling = register(
     "affine_coupling",
-    "(Tensor x, Tensor log_scale, Tensor shift, float clamp, str clamp_activation, bool inverse, bool log_det, str? path) "
-    "-> (Tensor, Tensor)",
+    "(Tensor x, Tensor log_scale, Tensor shift, float clamp, str clamp_activation, bool inverse, bool log_det, "
+    "str? path) -> (Tensor, Tensor)",
     3,
     _forward,
     _forward_fake,
@@ -428,7 +446,8 @@ def affine_coupling(
     inverse: bool = False,
     return_log_det: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Affine coupling in one pass: `y = x * exp(l(log_scale)) + shift`, or its inverse `(x - shift) * exp(-l(log_scale))`.
+    """Affine coupling in one pass: `y = x * exp(l(log_scale)) + shift`, or its inverse `(x - shift) *
+    exp(-l(log_scale))`.
 
     The transform of RealNVP (arXiv:1605.08803, eq. 7) with the clamps in use since Glow:
 
@@ -451,21 +470,24 @@ def affine_coupling(
         return_log_det: also return the log-determinant of the Jacobian.
 
     Returns:
-        Tensor[B, ...] of x's dtype and element order (channels_last stays channels_last); with `return_log_det` also Tensor[B]: the
-        sum of l over each sample, in nats, negated for the inverse, float32 (float64 for float64 input). It is accumulated in
-        float64 in a fixed order: reproducible for any number of threads, independent of the other samples of the batch, and
-        `log_det(inverse) == -log_det(forward)` bit for bit.
+        Tensor[B, ...] of x's dtype and element order (channels_last stays channels_last); with `return_log_det` also
+        Tensor[B]: the sum of l over each sample, in nats, negated for the inverse, float32 (float64 for float64
+        input). It is accumulated in float64 in a fixed order: reproducible for any number of threads, independent of
+        the other samples of the batch, and `log_det(inverse) == -log_det(forward)` bit for bit.
 
-    Dtypes: float32, float64, bfloat16, float16; or x float32 with log_scale and shift bfloat16 or float16, the useful mode for
-    sub-nets in low precision (also under autocast, which casts nothing here). Other mixtures are computed in their promoted type and
-    returned as x's dtype. All arithmetic is float32 at least.
+    Dtypes: float32, float64, bfloat16, float16; or x float32 with log_scale and shift bfloat16 or float16, the useful
+        mode for
+    sub-nets in low precision (also under autocast, which casts nothing here). Other mixtures are computed in their
+    promoted type and returned as x's dtype. All arithmetic is float32 at least.
 
-    Gradients: with respect to x, log_scale and shift, to any order; forward mode; vmap. Only the gradients asked for are computed.
-    Non-finite values: log_scale = +-inf gives l = +-clamp and a zero gradient for the bounded activations; a NaN stays in its
-    element and its sample's log-determinant. Empty tensors give empty results (log-determinants 0).
+    Gradients: with respect to x, log_scale and shift, to any order; forward mode; vmap. Only the gradients asked for
+        are computed.
+    Non-finite values: log_scale = +-inf gives l = +-clamp and a zero gradient for the bounded activations; a NaN
+    stays in its element and its sample's log-determinant. Empty tensors give empty results (log-determinants 0).
 
     Raises:
-        ValueError: shapes that do not broadcast to x's, several devices, unknown activation, negative or non-finite clamp.
+        ValueError: shapes that do not broadcast to x's, several devices, unknown activation, negative or non-finite
+            clamp.
         TypeError: a dtype that is not floating point.
         pyface.PathError: the explicitly chosen path cannot serve the call.
     """
@@ -491,15 +513,45 @@ def _broadcast(x: Tensor, name: str, value: Tensor) -> Tensor:
         return value.expand(x.shape)
     except RuntimeError:
         raise ValueError(
-            f"affine_coupling: {name} must have x's shape or broadcast to it; x is {tuple(x.shape)}, {name} is {tuple(value.shape)}"
+            f"affine_coupling: {name} must have x's shape or broadcast to it; x is {tuple(x.shape)}, "
+            f"{name} is {tuple(value.shape)}"
         ) from None
 
 
-# ---- Haar wavelet -----------------------------------------------------------------------------------------------------------------
+def affine_coupling_backward_from_output(
+    grad_y: Tensor,
+    grad_log_det: Tensor | None,
+    y: Tensor,
+    log_scale: Tensor,
+    shift: Tensor,
+    clamp: float,
+    clamp_activation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The reversible backward: `(x, grad_x, grad_log_scale, grad_shift)` of the forward coupling from its output.
+
+    x is rebuilt by the inverse; the gradients need no x at all, since x exp(l) = y - shift. Dtypes as
+    `affine_coupling` takes them without promotion, or promoted here; gradients of log_scale and shift have their own
+    dtype.
+    """
+    st = torch.promote_types(log_scale.dtype, shift.dtype)
+    if st != y.dtype and not (y.dtype == torch.float32 and st in (torch.bfloat16, torch.float16)):
+        st = torch.promote_types(y.dtype, st)
+    wide = torch.promote_types(y.dtype, st)
+    s, t, v, g = log_scale.to(st), shift.to(st), y.to(wide), grad_y.to(wide)
+    path = chosen_path()
+    x, _ = _affine_coupling(v, s, t, float(clamp), clamp_activation, True, False, path)
+    grad_x, grad_s = _affine_coupling_backward(
+        g, grad_log_det, v, s, t, float(clamp), clamp_activation, False, True, True, True, path
+    )
+    return x.to(y.dtype), grad_x.to(y.dtype), grad_s.to(log_scale.dtype), grad_y.to(shift.dtype)
+
+
+# ---- Haar wavelet ---------------------------------------------------------------------------------------------------
 
 
 def _haar(name: str, undo: str):
-    """Registers one direction. The transform is orthonormal: gradient and tangent are the other direction and itself."""
+    """Registers one direction. The transform is orthonormal: gradient and tangent are the other direction and
+    itself."""
 
     def implementation(x, path):
         _check_haar(name, x)
@@ -522,12 +574,20 @@ def _haar(name: str, undo: str):
     def jvp(ctx, tangent, _):
         return _HAAR[name](tangent, ctx.path)
 
-    def vmap(info, in_dims, x, path):
+    def vmap(op, info, in_dims, x, path):
         (x,) = _stack(info.batch_size, (x,), in_dims)
-        return _unstack(info.batch_size, _HAAR[name](x, path)), 0
+        return _unstack(info.batch_size, op(x, path)), 0
 
     return register(
-        name, "(Tensor x, str? path) -> Tensor", 1, implementation, fake, setup_context=setup, backward=backward, jvp=jvp, vmap=vmap
+        name,
+        "(Tensor x, str? path) -> Tensor",
+        1,
+        implementation,
+        fake,
+        setup_context=setup,
+        backward=backward,
+        jvp=jvp,
+        vmap=vmap,
     )
 
 
@@ -547,11 +607,12 @@ def haar_dwt2d(x: Tensor) -> Tensor:
         x: Tensor[B, C, H, W], H and W even; float32, float64, bfloat16 or float16.
 
     Returns:
-        Tensor[B, 4C, H/2, W/2], contiguous, sub-band major (channel = band * C + c, bands LL, HL, LH, HH): order and signs of HiNet
-        and PRO-Face S. FrEIA's HaarDownsampling with `order_by_wavelet=True` has the same order with HL and LH negated.
+        Tensor[B, 4C, H/2, W/2], contiguous, sub-band major (channel = band * C + c, bands LL, HL, LH, HH): order and
+        signs of HiNet and PRO-Face S. FrEIA's HaarDownsampling with `order_by_wavelet=True` has the same order with
+        HL and LH negated.
 
-    The transform preserves energy; its gradient is `haar_idwt2d`. Sums of low-precision inputs are taken in float32 and rounded once.
-    Differentiable to any order, forward mode, vmap.
+    The transform preserves energy; its gradient is `haar_idwt2d`. Sums of low-precision inputs are taken in float32
+    and rounded once. Differentiable to any order, forward mode, vmap.
 
     Raises:
         ValueError: not 4-dimensional, or H or W odd. TypeError: not floating point.

@@ -1,5 +1,5 @@
 // csrc/cuda/coupling.cu under the emulation. Arguments come in the order of pyface._cuda.
-#include "../../csrc/cuda/coupling.h"
+#include "cuda/coupling.h"
 
 #include "request.h"
 

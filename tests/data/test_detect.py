@@ -9,7 +9,7 @@ import pytest
 from skimage import data
 
 from pyface.data import detect
-from pyface.data.detect import detect_faces, get_detector, list_detectors, register_detector
+from pyface.data.detect import CascadeDetector, detect_faces, get_detector, list_detectors, register_detector
 from pyface.errors import UserError
 
 GREY = np.full((40, 60, 3), 128, np.uint8)
@@ -50,10 +50,12 @@ def test_cascade_is_silent_without_faces(name):
 
 
 def test_large_photo_is_searched_at_reduced_size():
-    large = np.kron(data.astronaut(), np.ones((4, 4, 1), np.uint8))
-    ((x, y, w, h),) = detect_faces(large)
+    from PIL import Image
+
+    large = np.asarray(Image.fromarray(data.astronaut()).resize((1536, 1536), Image.Resampling.BICUBIC))
+    found = CascadeDetector(max_megapixels=0.5)(large)
     ((x0, y0, w0, h0),) = detect_faces(data.astronaut())
-    assert np.allclose([x, y, w, h], [4 * v for v in (x0, y0, w0, h0)], atol=60)
+    assert sum(np.allclose(box, [3 * v for v in (x0, y0, w0, h0)], atol=50) for box in found) == 1
 
 
 @pytest.mark.parametrize("shape", [(1, 1), (1, 500), (31, 31), (32, 32), (4000, 3)])

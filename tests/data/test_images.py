@@ -26,9 +26,7 @@ def chunk(name: bytes, content: bytes) -> bytes:
 
 def png(width: int, height: int, depth: int, colour: int, rows: bytes) -> bytes:
     header = struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, 0)
-    return (
-        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
-    )
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
 @pytest.fixture
@@ -143,7 +141,9 @@ def test_limit_may_be_lowered_and_raised_beyond_pillows(saved, monkeypatch):
     assert Image.MAX_IMAGE_PIXELS == 10
 
 
-@pytest.mark.parametrize("content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8\xff"])
+@pytest.mark.parametrize(
+    "content", [b"", b"hello", b"\x89PNG\r\n\x1a\n", b"%!PS-Adobe-3.0 EPSF-3.0\n", b"\xff\xd8\xff"]
+)
 def test_not_a_picture(tmp_path, content):
     path = tmp_path / "photo.jpg"
     path.write_bytes(content)

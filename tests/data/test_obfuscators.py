@@ -41,8 +41,8 @@ def test_detail_is_gone(name):
 @pytest.mark.parametrize("sigma", [0.7, 2.0, 11.3])
 def test_blur_is_scipys_gaussian(sigma):
     image = picture(33, 20)
-    radius = max(1, round(2 * sigma))
-    expected = ndimage.gaussian_filter(image.numpy(), (0, 0, sigma, sigma), mode="mirror", radius=(0, 0, radius, radius))
+    reach = (0, 0, *[max(1, round(2 * sigma))] * 2)
+    expected = ndimage.gaussian_filter(image.numpy(), (0, 0, sigma, sigma), mode="mirror", radius=reach)
     np.testing.assert_allclose(ob.gaussian_blur(image, sigma).numpy(), expected, atol=2e-6)
 
 
@@ -75,8 +75,9 @@ def test_pixelate_shows_the_mean_of_each_cell(height, width, block):
     for r in range(rows):
         for c in range(cols):
             cell = np.ix_(range(1), range(3), row_of == r, col_of == c)
+            shown = mosaic.numpy()[cell]
             mean = image.numpy()[cell].mean((2, 3), keepdims=True)
-            np.testing.assert_allclose(mosaic.numpy()[cell], np.broadcast_to(mean, mosaic.numpy()[cell].shape), atol=1e-6)
+            np.testing.assert_allclose(shown, np.broadcast_to(mean, shown.shape), atol=1e-6)
 
 
 def test_legacy_pixelate_samples_instead_of_averaging():

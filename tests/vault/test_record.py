@@ -58,9 +58,7 @@ def test_wrong_key_is_told_from_alteration():
     assert [str(p) for p in problems] == ["the photo's record was altered after protection"]
 
 
-@pytest.mark.parametrize(
-    ("stored", "found"), [(b"residual", None), (b"residual", b"residuaL"), (None, b"residual")]
-)
+@pytest.mark.parametrize(("stored", "found"), [(b"residual", None), (b"residual", b"residuaL"), (None, b"residual")])
 def test_residual_is_authenticated(stored, found):
     problems = UNSEALED.sealed(KEYS, stored).problems(KEYS, PIXELS, found)
     assert [type(p) for p in problems] == [AlteredError]

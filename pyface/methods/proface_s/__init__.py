@@ -25,7 +25,7 @@ def create(pretrained: bool = False, **config) -> ProFaceS:
     if pretrained:
         from importlib.resources import as_file, files
 
-        with as_file(files("pyface.weights") / "proface_s.safetensors") as path:
+        with as_file(files("pyface") / "weights" / "proface_s.safetensors") as path:
             weights = read_checkpoint(path)
         own = model.state_dict()
         if {k: v.shape for k, v in own.items()} != {k: v.shape for k, v in weights.items()}:

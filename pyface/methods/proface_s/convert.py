@@ -61,11 +61,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
     Raises:
         UserError: the file is missing, or is not a mapping from names to tensors.
     """
-    from pickle import UnpicklingError
-    from zipfile import BadZipFile
-
     import torch
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = os.fspath(path)
@@ -73,9 +69,10 @@ def read_checkpoint(path: str | os.PathLike) -> dict[str, Tensor]:
         if path.endswith(".safetensors"):
             return load_file(path)
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, SafetensorError, UnpicklingError, BadZipFile, RuntimeError, EOFError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).split("\n")[0]
-        raise UserError(f"cannot read checkpoint {path}: {reason}") from error
+    except OSError as error:
+        raise UserError(f"cannot read checkpoint {path}: {error.strerror or error}") from error
+    except Exception as error:  # on bytes that are no checkpoint the unpickler may raise anything
+        raise UserError(f"{path} is not a checkpoint of tensors only, in PyTorch's or safetensors' format") from error
     if not isinstance(content, Mapping) or not all(isinstance(value, Tensor) for value in content.values()):
         raise UserError(f"checkpoint {path} is not a state dict (a mapping from names to tensors)")
     return dict(content)

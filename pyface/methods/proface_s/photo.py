@@ -449,13 +449,15 @@ def _pack_residual(original: np.ndarray, levels: list[np.ndarray], faces: Iterab
     doubtful = np.flatnonzero(np.abs(flat - np.floor(flat) - 0.5) < ROUNDING_GUARD)
     difference = truth - _to_bytes(flat)  # modulo 256
     difference[doubtful] = 0
+    # The differences are noise: Huffman codes do nearly all of it, and matches only lengthen them.
+    squeeze = zlib.compressobj(9, strategy=zlib.Z_FILTERED)
     return b"".join(
         (
             hashlib.sha256(truth).digest(),
             struct.pack("<Q", len(doubtful)),
             doubtful.astype("<u8").tobytes(),
             truth[doubtful].tobytes(),
-            zlib.compress(difference, 9),
+            squeeze.compress(difference) + squeeze.flush(),
         )
     )
 

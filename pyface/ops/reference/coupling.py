@@ -21,16 +21,16 @@ def clamped_log_scale(log_scale: Tensor, clamp: float, clamp_activation: str) ->
 
 def log_scale_slopes(log_scale: Tensor, clamp: float, clamp_activation: str) -> tuple[Tensor, Tensor]:
     """First and second derivative of l(s)."""
-    l = clamped_log_scale(log_scale, clamp, clamp_activation)
+    log_gain = clamped_log_scale(log_scale, clamp, clamp_activation)
     if clamp_activation in ("sigmoid", "tanh"):
         k = 1 if clamp_activation == "sigmoid" else 2
         q = torch.exp(-k * log_scale.abs())
-        first = 2 * k * clamp * q / (1 + q) ** 2  # = (clamp^2 - l^2) k / (2 clamp), without the cancellation when saturated
+        first = 2 * k * clamp * q / (1 + q) ** 2  # = (clamp^2 - l^2) k / (2 clamp), without its cancellation
         return first, -k * torch.tanh(k * log_scale / 2) * first
     if clamp_activation == "atan":
         first = FREIA_ATAN * clamp / (1 + log_scale**2)
         return first, -2 * log_scale * first / (1 + log_scale**2)
-    return 1 + 0 * l, 0 * l
+    return 1 + 0 * log_gain, 0 * log_gain
 
 
 def affine_coupling(
@@ -45,17 +45,18 @@ def affine_coupling(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """y = x exp(l(s)) + t, or its inverse (x - t) exp(-l(s)); see `pyface.ops.affine_coupling`."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    l = clamped_log_scale(log_scale.to(wide), clamp, clamp_activation)
+    log_gain = clamped_log_scale(log_scale.to(wide), clamp, clamp_activation)
     if inverse:
-        y, l = (x.to(wide) - shift.to(wide)) * torch.exp(-l), -l
+        y, log_gain = (x.to(wide) - shift.to(wide)) * torch.exp(-log_gain), -log_gain
     else:
-        y = x.to(wide) * torch.exp(l) + shift.to(wide)
+        y = x.to(wide) * torch.exp(log_gain) + shift.to(wide)
     y = y.to(x.dtype)
-    return (y, l.flatten(1).sum(1) if l.dim() > 1 else l) if return_log_det else y
+    return (y, log_gain.flatten(1).sum(1) if log_gain.dim() > 1 else log_gain) if return_log_det else y
 
 
 def haar_dwt2d(x: Tensor) -> Tensor:
-    """Orthonormal Haar transform of Tensor[B, C, H, W] into Tensor[B, 4C, H/2, W/2], sub-band major; see `pyface.ops.haar_dwt2d`."""
+    """Orthonormal Haar transform of Tensor[B, C, H, W] into Tensor[B, 4C, H/2, W/2], sub-band major; see
+    `pyface.ops.haar_dwt2d`."""
     wide = torch.promote_types(x.dtype, torch.float32)
     a, b = x[..., 0::2, 0::2].to(wide), x[..., 0::2, 1::2].to(wide)
     c, d = x[..., 1::2, 0::2].to(wide), x[..., 1::2, 1::2].to(wide)

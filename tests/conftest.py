@@ -1,0 +1,21 @@
+"""Shared by all tests: seeds, skips for what the machine lacks, and the error measures."""
+
+from __future__ import annotations
+
+import zlib
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def _seed(request):
+    torch.manual_seed(zlib.crc32(request.node.nodeid.encode()))
+
+
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        skip = pytest.mark.skip(reason="needs a CUDA device")
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(skip)

@@ -1,0 +1,91 @@
+"""csrc/cuda under the real compiler: PTX for sm_90, and a module that links and imports where there is no GPU."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+import pytest
+
+CSRC = Path(__file__).resolve().parents[1] / "csrc"
+HOMES = [Path(os.environ[name]) / "bin" / "nvcc" for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
+NVCC = next((str(p) for p in (*HOMES, shutil.which("nvcc"), Path("/usr/local/cuda/bin/nvcc")) if p and Path(p).exists()), None)
+FLAGS = ["-std=c++17", "-O3", f"-I{CSRC}", f"-I{CSRC / 'include'}"]
+
+pytestmark = pytest.mark.skipif(NVCC is None, reason="nvcc not found (looked at CUDA_HOME, CUDA_PATH, PATH, /usr/local/cuda)")
+
+
+def nvcc(*arguments):
+    done = subprocess.run([NVCC, *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, f"nvcc {' '.join(map(str, arguments))}\n{done.stdout}{done.stderr}"
+    assert "warning" not in done.stderr, done.stderr
+    return done.stdout + done.stderr
+
+
+@pytest.fixture(scope="module")
+def entries(tmp_path_factory):
+    """PTX of every kernel of coupling.cu, by mangled name."""
+    ptx = tmp_path_factory.mktemp("ptx") / "coupling.ptx"
+    nvcc(*FLAGS, "-ptx", "-arch=compute_90", CSRC / "cuda" / "coupling.cu", "-o", ptx)
+    return dict(re.findall(r"\.entry (\w+)\((.*?)\n}", ptx.read_text(), re.DOTALL))
+
+
+def test_every_variant_is_compiled(entries):
+    count = {kind: sum(kind in name for name in entries) for kind in ("forward_kernel", "backward_kernel", "haar", "log_det")}
+    assert count == {"forward_kernel": 6 * 4, "backward_kernel": 6 * 4, "haar": 4, "log_det": 2}
+
+
+def test_kernels_move_16_bytes_at_a_time(entries):
+    """The optimiser once split a store in two branches into single words: count the wide ones. A lane handles 8 elements."""
+    sizes = {"f": 4, "d": 8, "13__nv_bfloat16": 2, "6__half": 2}
+    for name, body in entries.items():
+        wide = len(re.findall(r"ld\.global\.v\d", body)), len(re.findall(r"st\.global\.wb\.v4", body))
+        kind = re.search(r"(forward|backward)_kernelI(f|d|13__nv_bfloat16|6__half)(f|d|13__nv_bfloat16|6__half|S\d?_)", name)
+        if kind:
+            x = 8 * sizes[kind[2]] // 16
+            s = 8 * sizes.get(kind[3], sizes[kind[2]]) // 16
+            assert wide == ((x + 2 * s, x) if kind[1] == "forward" else (2 * x + 2 * s, x + s)), name
+        elif "haar" in name:
+            assert wide == (8, 8), name
+
+
+def test_offsets_are_64_bit_and_maths_is_exact(entries):
+    for name, body in entries.items():
+        assert re.search(r"mul\.lo\.s64|mad\.lo\.s64", body), name
+        assert not re.search(r"mul\.wide\.u?s?16|div\.(approx|full)|sqrt\.approx|\.ftz", body), name  # no fast-math slipped in
+
+
+@pytest.mark.slow
+def test_module_links_and_imports_without_a_gpu(tmp_path):
+    pybind11 = pytest.importorskip("pybind11")
+    objects = [tmp_path / "coupling.o", tmp_path / "bindings.o"]
+    flags = [*FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", '-DPYFACE_CUDA_ARCHS="80;90"']
+    archs = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]", "--threads=2"]
+    nvcc(*flags, *archs, "-c", CSRC / "cuda" / "coupling.cu", "-o", objects[0])
+    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
+    nvcc(*flags, *includes, "-c", CSRC / "bindings" / "cuda.cpp", "-o", objects[1])
+    module = tmp_path / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    nvcc("-shared", "-cudart=static", *objects, "-o", module)
+    code = """
+import _cuda
+info = _cuda.build_info()
+assert info["archs"] == "80;90" and info["nvcc"] and info["runtime"], info
+assert _cuda.coupling_scratch(3, 1000) == 3 * 4 and _cuda.coupling_scratch(5, 0) == 0
+try:
+    devices = _cuda.device_count()
+except RuntimeError as error:
+    devices = 0
+    assert "CUDA" in str(error)
+if devices == 0:
+    try:
+        _cuda.haar(0, 0, 1, 1, 1, 1, 0, False, 0, 0)
+    except RuntimeError as error:
+        assert "CUDA error" in str(error)
+    else:
+        raise AssertionError("a launch without a GPU went through")
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
