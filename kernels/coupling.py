@@ -127,7 +127,7 @@ def _elements(inner, ALIGNED: tl.constexpr):
     do_not_specialize_on_alignment=["x", "s", "t", "y", "partial"],
 )
 def _forward_kernel(
-    x, s, t, y, partial, items, ranges, length, inner, x_stride, s_stride, t_stride, y_stride, clamp: "fp64", inverse,
+    x, s, t, y, partial, items, ranges, length, inner, x_stride, s_stride, t_stride, y_stride, clamp: tl.float64, inverse,
     ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     # `inverse` is no constexpr: both directions run the very instructions that make l, so their log-dets cancel bit for bit.
@@ -170,7 +170,7 @@ def _log_det_kernel(partial, log_det, batch, ranges, inverse, BLOCK: tl.constexp
 @triton.jit(do_not_specialize=["inverse", "inner"])
 def _backward_kernel(
     grad_out, grad_log_det, value, s, t, grad_x, grad_s, items, ranges, length, inner,
-    grad_out_stride, value_stride, s_stride, t_stride, clamp: "fp64", inverse,
+    grad_out_stride, value_stride, s_stride, t_stride, clamp: tl.float64, inverse,
     ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     real: tl.constexpr = tl.float64 if value.dtype.element_ty == tl.float64 else tl.float32

@@ -80,14 +80,28 @@ def check_backward(
     expected_x, expected_s = torch.autograd.grad(loss, (x, leaf))
     room = 1 + scale.abs()
     if grad_x is not None:
-        check(grad_x, expected_x, _allowed(compute, grad_x.dtype, expected_x, expected_x.abs() * room, expected_x.abs() * clamp, slack), "grad_x")
+        check(
+            grad_x,
+            expected_x,
+            _allowed(compute, grad_x.dtype, expected_x, expected_x.abs() * room, expected_x.abs() * clamp, slack),
+            "grad_x",
+        )
     if grad_s is not None:
         leaf = sd.clone().requires_grad_()
         (slope,) = torch.autograd.grad(log_scale(leaf, clamp, activation).sum(), leaf)
         lam = lam.abs().view(-1, *[1] * (g.dim() - 1))
-        inside = g.abs() * (v.abs() + t.double().abs()) if from_output else g.abs() * (v * torch.exp(scale * (not inverse))).abs()
+        inside = (
+            g.abs() * (v.abs() + t.double().abs())
+            if from_output
+            else g.abs() * (v * torch.exp(scale * (not inverse))).abs()
+        )
         moved = inside + lam
-        check(grad_s, expected_s, _allowed(compute, grad_s.dtype, expected_s, moved * slope * room, moved * clamp, slack), "grad_s")
+        check(
+            grad_s,
+            expected_s,
+            _allowed(compute, grad_s.dtype, expected_s, moved * slope * room, moved * clamp, slack),
+            "grad_s",
+        )
 
 
 def haar(image):

@@ -85,13 +85,14 @@ def _pair(
             raise UserError(f"{source} does not exist")
 
     if folders:
-        root = folders[0].resolve()
-        target_root = output or root.with_name(f"{root.name.removesuffix('-protected')}-{word}")
+        root = folders[0]
+        named = root if root.name not in ("", "..") else root.resolve()  # "." has no name to put a word behind
+        target_root = output or named.with_name(f"{named.name.removesuffix('-protected')}-{word}")
         if target_root.exists() and not target_root.is_dir():
             raise UserError(f"{target_root} is a file, but a folder of photos becomes a folder")
-        if target_root.resolve() == root:
+        if target_root.resolve() == root.resolve():
             raise UserError(f"{target_root} is the folder with the originals; choose another one with -o")
-        files = candidates(_files_below(root, leave_out=target_root.resolve()))
+        files = candidates(_files_below(root, leave_out=target_root))
         if not files:
             raise UserError(f"{folders[0]} has no photos to be {word}")
         places = [(file, target_root / file.relative_to(root).parent) for file in files]
@@ -170,10 +171,11 @@ def _job(source: Path, target: Path) -> Job:
 
 
 def _files_below(root: Path, leave_out: Path) -> list[Path]:
+    leave_out = leave_out.resolve()
     return sorted(
         path
         for path in root.rglob("*")
         if path.is_file()
-        and leave_out not in path.parents
+        and leave_out not in path.resolve().parents
         and not any(part.startswith(".") for part in path.relative_to(root).parts)
     )

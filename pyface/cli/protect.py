@@ -115,8 +115,8 @@ def protect(
                 f"recovery of {job.source} is poor ({quality.recovered:.1f} dB): keep the original, or use --exact"
             )
         return batch.Done(
-            f"{job.target}: {len(faces)} face{'s' * (len(faces) != 1)}, looks like its {obfuscator} to "
-            f"{_decibels(quality.protected)}, recovers {'exactly' if exact else 'to ' + _decibels(quality.recovered)} "
+            f"{job.target}: {len(faces)} face{'s' * (len(faces) != 1)}, {_decibels(quality.protected, 'nothing')} from plain "
+            f"{obfuscator}, recovery {_decibels(math.inf if exact else quality.recovered, 'exact')} "
             f"({time.perf_counter() - started:.1f} s)",
             {
                 **job.paths(),
@@ -159,8 +159,8 @@ def _parse_box(text: str) -> tuple[int, int, int, int]:
     return x, y, w, h
 
 
-def _decibels(value: float) -> str:
-    return "the last bit" if math.isinf(value) else f"{value:.1f} dB"
+def _decibels(value: float, infinite: str) -> str:
+    return infinite if math.isinf(value) else f"{value:.1f} dB"
 
 
 def _finite(value: float) -> float | None:

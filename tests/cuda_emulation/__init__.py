@@ -97,7 +97,9 @@ def run(program: Path, calls: list[tuple], order: str = "shuffled", seed: int = 
         at += 8
         for storage in buffers:
             if storage.nbytes():
-                _bytes(storage).copy_(torch.frombuffer(bytearray(answer[at : at + storage.nbytes()]), dtype=torch.uint8))
+                _bytes(storage).copy_(
+                    torch.frombuffer(bytearray(answer[at : at + storage.nbytes()]), dtype=torch.uint8)
+                )
             at += storage.nbytes()
     return codes
 

@@ -50,7 +50,21 @@ def forward_call(x, s, t, y, log_det, *, clamp, activation, inverse):
     batch, inner = x.shape
     strides = [v.stride(0) for v in (x, s, t, y)]
     types = [DTYPE_CODES[x.dtype], DTYPE_CODES[s.dtype]]
-    return (FORWARD, x, s, t, y, log_det, batch, inner, *strides, *types, ACTIVATIONS[activation], float(clamp), inverse)
+    return (
+        FORWARD,
+        x,
+        s,
+        t,
+        y,
+        log_det,
+        batch,
+        inner,
+        *strides,
+        *types,
+        ACTIVATIONS[activation],
+        float(clamp),
+        inverse,
+    )
 
 
 def backward_call(grad_out, grad_log_det, value, s, t, grad_x, grad_s, *, clamp, activation, inverse, from_output):
@@ -120,11 +134,14 @@ def test_sample_has_the_same_bits_alone_in_any_place_and_in_any_thread_order(pro
     x, s, t = (samples(5, inner, dtype, "dense") for dtype in (types[0], types[1], types[1]))
     s[2, 100] = torch.nan
     y, log_det = forward(program, x, s, t, order="ascending")
-    assert log_det[2].isnan() and y[2].isnan().sum() == 1 and not y[[0, 1, 3, 4]].isnan().any()
+    assert log_det[2].isnan()
+    assert y[2].isnan().sum() == 1
+    assert not y[[0, 1, 3, 4]].isnan().any()
     for b in (0, 3):
         # alone, unaligned, as a view of the batch and the other way round in time
         alone_y, alone = forward(program, x[b : b + 1], s[b : b + 1].clone(), t[b : b + 1], order="descending")
-        assert torch.equal(alone, log_det[b : b + 1]) and torch.equal(alone_y[0], y[b])
+        assert torch.equal(alone, log_det[b : b + 1])
+        assert torch.equal(alone_y[0], y[b])
     turned = forward(program, x.flip(0), s.flip(0), t.flip(0), seed=7)
     assert torch.equal(turned[1].flip(0).nan_to_num(), log_det.nan_to_num())
     assert torch.equal(turned[0].flip(0).nan_to_num(), y.nan_to_num())
@@ -152,7 +169,8 @@ def test_log_scale_is_odd_bounded_and_monotone(program, activation, types):
     zeros = torch.zeros(s.shape, dtype=types[0])
     _, scale = forward(program, zeros, s, zeros.to(types[1]), activation=activation)
     assert torch.equal(scale, -scale.flip(0))
-    assert (scale.diff() >= 0).all() and scale.abs().amax() <= 2
+    assert (scale.diff() >= 0).all()
+    assert scale.abs().amax() <= 2
     limit = 0.636 * torch.pi if activation == "atan" else 2.0
     assert scale[-1].item() == pytest.approx(limit, rel=1e-7 if activation == "atan" else 0)
 
@@ -174,11 +192,13 @@ def test_zero_log_scale_and_zero_clamp_add_the_shift_and_nothing_else(program, a
     for scale, clamp in [(torch.zeros_like(s), 2.0), (s, 0.0), (torch.full_like(s, torch.inf), 0.0)]:
         for inverse in (False, True):
             y, log_det = forward(program, x, scale, t, clamp=clamp, activation=activation, inverse=inverse)
-            assert torch.equal(y, x - t if inverse else x + t) and torch.equal(log_det, torch.zeros(2))
+            assert torch.equal(y, x - t if inverse else x + t)
+            assert torch.equal(log_det, torch.zeros(2))
     grad_x, grad_s = blank(2, 70, F32), blank(2, 70, F32)
     options = dict(clamp=0.0, activation=activation, inverse=False, from_output=False)
     assert run(program, [backward_call(x, torch.ones(2), t, s, None, grad_x, grad_s, **options)]) == [0]
-    assert torch.equal(grad_x, x) and not grad_s.any()
+    assert torch.equal(grad_x, x)
+    assert not grad_s.any()
 
 
 @pytest.mark.parametrize("types", TYPE_PAIRS, ids=PAIR_IDS)
@@ -188,19 +208,25 @@ def test_infinite_log_scale_saturates(program, activation, types):
     s = torch.tensor([[torch.inf, -torch.inf, -torch.inf]]).to(types[1])
     t = torch.tensor([[0.25, 0.25, 0.75]]).to(types[1])
     y, log_det = forward(program, x, s, t, activation=activation, clamp=1.0)
-    assert y.isfinite().all() and y[0, 2] == 0.75 and log_det.isfinite().all()
+    assert y.isfinite().all()
+    assert y[0, 2] == 0.75
+    assert log_det.isfinite().all()
     grad_x, grad_s = blank(1, 3, types[0]), blank(1, 3, types[1])
     lam = torch.ones(1, dtype=log_det_type(types[0]))
     options = dict(clamp=1.0, activation=activation, inverse=False, from_output=False)
     assert run(program, [backward_call(x, lam, x, s, None, grad_x, grad_s, **options)]) == [0]
-    assert grad_x.isfinite().all() and not grad_s.any()
+    assert grad_x.isfinite().all()
+    assert not grad_s.any()
 
 
 def test_not_a_number_and_infinite_x_stay_where_they_are(program):
     x, s, t = (samples(2, 40, F32, "dense") for _ in range(3))
     x[0, 3], t[1, 5] = torch.inf, torch.nan
     y, log_det = forward(program, x, s, t)
-    assert y[0, 3] == torch.inf and y[1, 5].isnan() and y.isfinite().sum() == 78 and log_det.isfinite().all()
+    assert y[0, 3] == torch.inf
+    assert y[1, 5].isnan()
+    assert y.isfinite().sum() == 78
+    assert log_det.isfinite().all()
 
 
 def test_y_may_be_x(program):
@@ -214,13 +240,18 @@ def test_y_may_be_x(program):
 def test_nothing_to_do(program):
     none = torch.empty(0, 8)
     y, log_det = forward(program, none, none, none)
-    assert y.shape == (0, 8) and log_det.shape == (0,)
+    assert y.shape == (0, 8)
+    assert log_det.shape == (0,)
     no_elements = torch.empty(3, 0)
     y, log_det = forward(program, no_elements, no_elements, no_elements)
-    assert y.shape == (3, 0) and torch.equal(log_det, torch.zeros(3))
+    assert y.shape == (3, 0)
+    assert torch.equal(log_det, torch.zeros(3))
     options = dict(clamp=2.0, activation="sigmoid", inverse=False, from_output=False)
     gradients = [None, none, none, None, none.clone(), none.clone()]
-    assert run(program, [backward_call(none, *gradients, **options), (HAAR, none, none, 0, 3, 4, 4, 0, False)]) == [0, 0]
+    assert run(program, [backward_call(none, *gradients, **options), (HAAR, none, none, 0, 3, 4, 4, 0, False)]) == [
+        0,
+        0,
+    ]
 
 
 def test_unserved_type_pair_is_an_error_code(program):
@@ -243,7 +274,9 @@ def test_haar(program, dtype):
                 out = result.clone() if inverse else result
                 calls.append((HAAR, source, out, batch, channels, rows, cols, DTYPE_CODES[dtype], inverse))
                 shapes = (bands, image) if inverse else (image, bands)
-                checks.append((check_inverse_haar if inverse else check_haar, source.view(shapes[0]), out.view(shapes[1])))
+                checks.append(
+                    (check_inverse_haar if inverse else check_haar, source.view(shapes[0]), out.view(shapes[1]))
+                )
     assert not any(run(program, calls))
     for check, source, out in checks:
         check(source, out)

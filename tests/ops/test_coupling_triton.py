@@ -56,7 +56,8 @@ def test_forward(interpreted, types, activation):
         x, s, t = three(size, types, next(layouts))
         options = dict(clamp=1.7, activation=activation, inverse=inverse)
         y, log_det = interpreted("forward", x, s, t, log_det=size % 2 == 1, **options)
-        assert y.stride()[1:] == x.stride()[1:] and y.dtype == x.dtype
+        assert y.stride()[1:] == x.stride()[1:]
+        assert y.dtype == x.dtype
         assert (log_det is None) == (size % 2 == 0)
         check_forward(x, s, t, y, log_det, **options)
 
@@ -64,7 +65,10 @@ def test_forward(interpreted, types, activation):
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("types", TYPE_PAIRS, ids=PAIR_IDS)
 def test_backward(interpreted, types, activation):
-    layouts, modes = itertools.cycle(LAYOUTS), itertools.cycle([(False, False), (False, True), (True, False), (True, False)])
+    layouts, modes = (
+        itertools.cycle(LAYOUTS),
+        itertools.cycle([(False, False), (False, True), (True, False), (True, False)]),
+    )
     wanted = itertools.cycle([(True, True), (True, False), (True, True), (False, True), (True, True)])
     for size in [*SHAPES, 16]:
         layout, (inverse, from_output), (needs_x, needs_s) = next(layouts), next(modes), next(wanted)
@@ -74,7 +78,8 @@ def test_backward(interpreted, types, activation):
         options = dict(clamp=1.7, activation=activation, inverse=inverse, from_output=from_output)
         arguments = (grad_out, lam, value, s, t if from_output else None)
         grad_x, grad_s = interpreted("backward", *arguments, **options, needs_x=needs_x, needs_s=needs_s)
-        assert (grad_x is not None) == needs_x and (grad_s is not None) == needs_s
+        assert (grad_x is not None) == needs_x
+        assert (grad_s is not None) == needs_s
         for gradient, like in ((grad_x, value), (grad_s, s)):
             assert gradient is None or (gradient.dtype == like.dtype and gradient.stride()[1:] == value.stride()[1:])
         check_backward(*arguments, grad_x, grad_s, **options)
@@ -100,12 +105,16 @@ def test_sample_has_the_same_bits_alone_and_across_the_grain(interpreted):
     x, s, t = (torch.randn(3, 2048) for _ in range(3))
     s[2, 100] = torch.nan
     y, log_det = forward(interpreted, x, s, t)
-    assert log_det[2].isnan() and y[2].isnan().sum() == 1 and not y[:2].isnan().any()
+    assert log_det[2].isnan()
+    assert y[2].isnan().sum() == 1
+    assert not y[:2].isnan().any()
     alone_y, alone = forward(interpreted, *(v[1:2].clone() for v in (x, s, t)))
-    assert torch.equal(alone, log_det[1:2]) and torch.equal(alone_y[0], y[1])
+    assert torch.equal(alone, log_det[1:2])
+    assert torch.equal(alone_y[0], y[1])
     odd = [torch.cat([torch.zeros(1), v.flatten()])[1:].view(3, 2048) for v in (x, s, t)]  # four bytes off
     odd_y, odd_log_det = forward(interpreted, *odd)
-    assert torch.equal(odd_log_det[:2], log_det[:2]) and torch.equal(odd_y[:2], y[:2])
+    assert torch.equal(odd_log_det[:2], log_det[:2])
+    assert torch.equal(odd_y[:2], y[:2])
 
 
 @pytest.mark.parametrize("types", [(F32, F32), (F64, F64)], ids=["float32", "float64"])
@@ -116,7 +125,8 @@ def test_log_scale_is_odd_bounded_monotone_and_exact_near_zero(interpreted, acti
     zeros = torch.zeros_like(s)
     _, scale = forward(interpreted, zeros, s, zeros, activation=activation)
     assert torch.equal(scale, -scale.flip(0))
-    assert (scale.diff() >= 0).all() and scale.abs().amax() <= 2
+    assert (scale.diff() >= 0).all()
+    assert scale.abs().amax() <= 2
     limit = 0.636 * torch.pi if activation == "atan" else 2.0
     assert scale[-1].item() == pytest.approx(limit, rel=2 * torch.finfo(types[0]).eps if activation == "atan" else 0)
     argument = s.double()[:, 0] * (0.5 if activation == "sigmoid" else 1.0)
@@ -129,21 +139,26 @@ def test_special_values(interpreted, activation):
     x, s, t = (torch.randn(2, 70) for _ in range(3))
     for scale, clamp in [(torch.zeros_like(s), 2.0), (s, 0.0), (torch.full_like(s, torch.inf), 0.0)]:
         y, log_det = forward(interpreted, x, scale, t, clamp=clamp, activation=activation)
-        assert torch.equal(y, x + t) and torch.equal(log_det, torch.zeros(2))
+        assert torch.equal(y, x + t)
+        assert torch.equal(log_det, torch.zeros(2))
     s = torch.full_like(s, -torch.inf)
     x[:, 0] = 0
     y, log_det = forward(interpreted, x, s, t, activation=activation)
-    assert y.isfinite().all() and log_det.isfinite().all() and torch.equal(y[:, 0], t[:, 0])
+    assert y.isfinite().all()
+    assert log_det.isfinite().all()
+    assert torch.equal(y[:, 0], t[:, 0])
     options = dict(clamp=2.0, activation=activation, inverse=False, from_output=False, needs_x=True, needs_s=True)
     grad_x, grad_s = interpreted("backward", x, torch.ones(2), x, s, None, **options)
-    assert grad_x.isfinite().all() and not grad_s.any()
+    assert grad_x.isfinite().all()
+    assert not grad_s.any()
 
 
 @pytest.mark.parametrize("shape", [(0, 8), (3, 0)], ids=str)
 def test_nothing_to_do(interpreted, shape):
     none = torch.empty(shape)
     y, log_det = forward(interpreted, none, none, none)
-    assert y.shape == shape and torch.equal(log_det, torch.zeros(shape[0]))
+    assert y.shape == shape
+    assert torch.equal(log_det, torch.zeros(shape[0]))
     options = dict(clamp=2.0, activation="sigmoid", inverse=False, from_output=False, needs_x=True, needs_s=True)
     assert [g.shape for g in interpreted("backward", none, None, none, none, None, **options)] == [shape, shape]
     assert interpreted("haar_dwt2d", torch.empty(0, 3, 8, 8)).shape == (0, 12, 4, 4)
@@ -157,10 +172,12 @@ def test_haar(interpreted, dtype):
         if shape[1] == 3:
             image = image.contiguous(memory_format=torch.channels_last)
         bands = interpreted("haar_dwt2d", image)
-        assert bands.is_contiguous() and bands.dtype == dtype
+        assert bands.is_contiguous()
+        assert bands.dtype == dtype
         check_haar(image, bands)
         back = interpreted("haar_idwt2d", bands)
-        assert back.is_contiguous() and back.dtype == dtype
+        assert back.is_contiguous()
+        assert back.dtype == dtype
         check_inverse_haar(bands, back)
 
 
@@ -200,7 +217,9 @@ def accesses(result, width):
     return found["ld"], found["st"]
 
 
-VARIANTS = [(types, "sigmoid") for types in TYPE_PAIRS] + [(TYPE_PAIRS[i], a) for i in (0, 1) for a in ("none", "tanh", "atan")]
+VARIANTS = [(types, "sigmoid") for types in TYPE_PAIRS] + [
+    (TYPE_PAIRS[i], a) for i in (0, 1) for a in ("none", "tanh", "atan")
+]
 VARIANT_IDS = [f"{'-'.join(NAMES[t] for t in types)}-{activation}" for types, activation in VARIANTS]
 
 
@@ -239,14 +258,17 @@ def test_haar_compiles_for_sm90_with_64_bit_offsets_and_wide_accesses(kernels, d
     wide = ["image", "bands", "cols"]
     result = compiled(kernels, kernels._haar_kernel, constants, divisible=wide, image=pointer, bands=pointer)
     assert accesses(result, 16) == (4, 4)
-    assert re.search(r"arith\.muli.*i64", result.asm["ttir"]) and not re.search(r"arith\.muli.*i32>? ", result.asm["ttir"])
+    assert re.search(r"arith\.muli.*i64", result.asm["ttir"])
+    assert not re.search(r"arith\.muli.*i32>? ", result.asm["ttir"])
 
 
 def test_kernels_compile_where_sizes_are_one(kernels):
     types = dict(x="*fp32", s="*fp32", t="*fp32", y="*fp32", partial="*fp64", clamp="fp64", inverse="u1")
     constants = dict(ACTIVATION="sigmoid", ALIGNED=False, BLOCK=kernels._BLOCK, items=1, ranges=1)
     compiled(kernels, kernels._forward_kernel, constants, **types)
-    types = dict(grad_out="*fp32", grad_log_det="*fp32", value="*fp32", s="*fp32", t="*fp32", grad_x="*fp32", grad_s="*fp32")
+    types = dict(
+        grad_out="*fp32", grad_log_det="*fp32", value="*fp32", s="*fp32", t="*fp32", grad_x="*fp32", grad_s="*fp32"
+    )
     strides = dict(grad_out_stride=1, value_stride=1, s_stride=1, t_stride=1)
     compiled(kernels, kernels._backward_kernel, {**constants, **strides}, clamp="fp64", inverse="u1", **types)
     constants = dict(BLOCK=kernels._MAX_RANGES, batch=1, ranges=1)
