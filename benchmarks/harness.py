@@ -516,14 +516,15 @@ def show(rows: list[dict], console) -> None:
     console.print(" | ".join(f"{name} {header[name]}" for name in HEADER if header[name]), highlight=False)
     for group, operation, threads in dict.fromkeys((r["group"], r["operation"], r["threads"]) for r in rows):
         mine = [r for r in rows if (r["group"], r["operation"], r["threads"]) == (group, operation, threads)]
-        extra = {(r["size"], r["peer"], r["metric"]): r["value"] for r in rows if r["case"] in {m["case"] for m in mine}}
-        has_memory = any(r["metric"] in ("memory", "page_faults") for r in mine)
+        same_cases = [r for r in rows if (r["group"], r["operation"]) == (group, operation)]
+        memories = {(r["size"], r["peer"]): r["value"] for r in same_cases if r["metric"] == "memory"}  # of the most threads
+        faults = {(r["size"], r["peer"]): r["value"] for r in mine if r["metric"] == "page_faults"}
         title = f"{group}: {operation}, {threads} thread{'s' * (threads != 1)}, {header['device']}"
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1))
         ratio_to = next((r["ratio_to"] for r in mine if r["ratio_to"]), "")
         for name in ("size", "peer"):
             table.add_column(name, no_wrap=True)
-        for name in ("median", "p10 - p90", "x limit", f"x {ratio_to}", *(["extra MB", "faults"] if has_memory else [])):
+        for name in ("median", "p10 - p90", "x limit", f"x {ratio_to}", *(["extra MB", "faults"] if memories else [])):
             table.add_column(name, justify="right")
         for size in dict.fromkeys(r["size"] for r in mine):
             shown = size
@@ -535,10 +536,8 @@ def show(rows: list[dict], console) -> None:
                     table.add_row(shown, name, "-", escape(r["note"][:60]))
                 else:
                     cells = [_time(r["value"]), f"{_time(r['p10'])} - {_time(r['p90'])}", _ratio(r["limit_ratio"]), _ratio(r["ratio"])]
-                    if has_memory:
-                        memory = extra.get((size, r["peer"], "memory"))
-                        faults = extra.get((size, r["peer"], "page_faults"))
-                        cells += ["" if memory is None else f"{memory:.1f}", "" if faults is None else f"{faults:.0f}"]
+                    if memories:
+                        cells += [_count(memories.get((size, r["peer"])), 1), _count(faults.get((size, r["peer"])), 0)]
                     table.add_row(shown, name, *cells)
                 shown = ""
             table.add_section()
@@ -558,7 +557,11 @@ def show(rows: list[dict], console) -> None:
 
 
 def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{value:.2f}"
+    return _count(value, 2)
+
+
+def _count(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
 
 
 def show_changes(old: list[dict], new: list[dict], console) -> None:

@@ -1,10 +1,11 @@
 """Triton path of core `coupling`: affine coupling and the Haar wavelet.
 
-Called by the op table (`pyface.ops.coupling`) with checked arguments: tensors of one shape [B, ...] on one device, each sample dense
-in one common order, the distance between samples free. Runs on CPU tensors when TRITON_INTERPRET=1 was set before the import.
+Called by the op table (`pyface.ops.coupling`) with checked arguments: tensors of one shape [B, ...] on one device, each
+sample dense in one common order, the distance between samples free. Runs on CPU tensors when TRITON_INTERPRET=1 was set
+before the import.
 
-Numbers follow csrc/cuda/coupling.cu: arithmetic in float32 (float64 for float64), l and l' without cancellation, and a log-det that is
-summed in float64 in an order that depends on the number of elements of a sample alone.
+Numbers follow csrc/cuda/coupling.cu: arithmetic in float32 (float64 for float64), l and l' without cancellation, and a
+log-det that is summed in float64 in an order that depends on the number of elements of a sample alone.
 """
 
 import contextlib
@@ -15,7 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# One fixed configuration a kernel, chosen on paper (at least 16 bytes a thread and tensor): not tuned, because it was written without a GPU.
+# One fixed configuration a kernel, chosen on paper (at least 16 bytes a thread and tensor): written without a GPU, so
+# not tuned on one.
 _BLOCK = 1024
 _MAX_RANGES = 256
 _HAAR_BYTES = 2048  # of one sub-band: 16 to a thread
@@ -29,7 +31,8 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 @triton.jit
 def _decay(a):
     """(exp(-a), exp(-a) - 1) for a >= 0 from one chain, each to a few units in the last place."""
-    # ln(2) in two parts, the first short enough for n * high to be exact. Constants stay constexpr, or they would become float32.
+    # ln(2) in two parts, the first short enough for n * high to be exact. Constants must be constexpr: a plain number
+    # with a name is float32.
     double: tl.constexpr = a.dtype == tl.float64
     cut: tl.constexpr = 700.0 if double else 80.0
     ln2_high: tl.constexpr = 0.6931471803691238 if double else 0.693359375
@@ -97,7 +100,7 @@ def _log_scale(s, clamp, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _row(tensor, offset, ALIGNED: tl.constexpr):
-    """A sample's first element. The compiler is told of its alignment here and not by its own specialisation: `_aligned` says why."""
+    """A sample's first element. Its alignment is told here, not found by Triton's specialisation: see `_aligned`."""
     row = tensor + offset
     if ALIGNED:
         row = tl.multiple_of(row, 16)
@@ -115,7 +118,7 @@ def _range(item, ranges, length, inner):
 
 @triton.jit
 def _elements(inner, ALIGNED: tl.constexpr):
-    """Elements of a sample, from a count in sixteens where ALIGNED: a product shows the compiler what it may rely on."""
+    """Elements of a sample, given in sixteens where ALIGNED: a product shows the compiler what it may rely on."""
     inner = inner.to(tl.int64)
     if ALIGNED:
         inner = inner * 16
@@ -127,10 +130,11 @@ def _elements(inner, ALIGNED: tl.constexpr):
     do_not_specialize_on_alignment=["x", "s", "t", "y", "partial"],
 )
 def _forward_kernel(
-    x, s, t, y, partial, items, ranges, length, inner, x_stride, s_stride, t_stride, y_stride, clamp: tl.float64, inverse,
+    x, s, t, y, partial, items, ranges, length, inner, x_stride, s_stride, t_stride, y_stride,
+    clamp: tl.float64, inverse,
     ACTIVATION: tl.constexpr, ALIGNED: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    # `inverse` is no constexpr: both directions run the very instructions that make l, so their log-dets cancel bit for bit.
+    # `inverse` is no constexpr: both directions share the instructions that make l, so log-dets cancel bit for bit.
     real: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     c = tl.full((), clamp, real)
     lanes = tl.arange(0, BLOCK)
@@ -208,7 +212,8 @@ def _haar_kernel(
     image, bands, items, col_blocks, lines, sample_lines, cols,
     INVERSE: tl.constexpr, LINES: tl.constexpr, COLS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of LINES x COLS coefficients of each sub-band. Line k is sub-band row k of all planes, image rows 2k and 2k + 1."""
+    """A tile of LINES x COLS coefficients of each sub-band. Line k is row k of all planes' sub-bands stacked, and rows
+    2k and 2k + 1 of the stacked images."""
     real: tl.constexpr = tl.float64 if image.dtype.element_ty == tl.float64 else tl.float32
     cols = tl.cast(cols, tl.int64)
     first = tl.program_id(0).to(tl.int64)
@@ -266,7 +271,8 @@ def _like(sample: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _ranges(inner: int) -> tuple[int, int]:
-    """How many ranges a sample is cut into, and their length. A function of `inner` alone: it fixes the order of the log-det's sum."""
+    """How many ranges a sample is cut into, and their length. They follow from `inner` alone: they fix the order of the
+    log-det's sum."""
     tiles = triton.cdiv(inner, _BLOCK)
     each = triton.cdiv(tiles, _MAX_RANGES)
     return triton.cdiv(tiles, each), each * _BLOCK
@@ -275,8 +281,8 @@ def _ranges(inner: int) -> tuple[int, int]:
 def _aligned(inner: int, tensors: list[Tensor | None]) -> tuple[bool, list[Tensor | None]]:
     """Whether kernels may use 16-byte accesses, and tensors that allow it.
 
-    The vector width decides which thread adds which elements of the log-det, so it too must follow from `inner` alone: where the sample
-    size allows vectors, the rare tensor that lies across the grain (a view at an odd offset) is copied.
+    The vector width decides which thread adds which elements of the log-det, so it too must follow from `inner` alone.
+    Where the sample size allows vectors, the rare tensor that lies across the grain (a view at an odd offset) is copied.
     """
     if inner % 16:
         return False, tensors
@@ -324,7 +330,8 @@ def backward(
         with _on(value):
             _backward_kernel[(min(batch * ranges, _MAX_PROGRAMS),)](
                 grad_out, grad_log_det, value, log_scale, t, grad_x, grad_s, batch * ranges, ranges, length,
-                inner // 16 if aligned else inner, grad_out.stride(0), value.stride(0), log_scale.stride(0), 0 if t is None else t.stride(0), clamp, inverse,
+                inner // 16 if aligned else inner, grad_out.stride(0), value.stride(0), log_scale.stride(0),
+                0 if t is None else t.stride(0), clamp, inverse,
                 ACTIVATION=activation, ALIGNED=aligned, BLOCK=_BLOCK, **_OPTIONS,
             )  # fmt: skip
     return None if grad_x is None else grad_x.to(value.dtype), None if grad_s is None else grad_s.to(log_scale.dtype)

@@ -1,7 +1,7 @@
 """What the affine coupling and the Haar transform must give, in float64, and how far a kernel may be off.
 
-Written from the definitions (plain torch.sigmoid, tanh, atan, and autograd for the gradients), so that no closed form of a kernel
-is checked against itself.
+Written from the definitions (plain torch.sigmoid, tanh, atan, and autograd for the gradients), so that no closed form of
+a kernel is checked against itself.
 """
 
 import torch
@@ -26,8 +26,9 @@ def log_det_type(x_type):
 
 
 def _allowed(compute_type, stored_type, value, magnitude, reference=0.0, slack=1):
-    """Half a unit in the last place of the stored result, and eight (times `slack`) of the compute type on what went into it.
+    """Half a unit in the last place of the stored type, plus eight (times `slack`) half units of the compute type.
 
+    The former of the result `value`, the latter of `magnitude`, the size of what went into it.
     `reference` is what the float64 formulas here themselves cancel from (sigmoid - 1/2, 1 - tanh^2).
     """
     ulp, stored = torch.finfo(compute_type).eps / 2, torch.finfo(stored_type)

@@ -1,4 +1,4 @@
-"""Triton kernels on CPU tensors, in a process of its own: the interpreter must be chosen before triton is first imported."""
+"""Triton kernels on CPU tensors, in a process of its own: the interpreter must be chosen before triton is imported."""
 
 import os
 import pickle
@@ -12,7 +12,7 @@ KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 
 
 class Interpreter:
-    """Calls the functions of kernels/<core>.py: `Interpreter("coupling")("haar_dwt2d", x)`. Strides and offsets go along."""
+    """Calls functions of kernels/<core>.py: `Interpreter("coupling")("haar_dwt2d", x)`. Strides and offsets go along."""
 
     def __init__(self, core: str):
         command = [sys.executable, __file__, str(KERNELS / f"{core}.py")]

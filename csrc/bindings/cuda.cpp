@@ -1,4 +1,5 @@
-// pyface._cuda: the CUDA cores by pointer. The op table has checked every argument; an error of the CUDA runtime is a RuntimeError.
+// pyface._cuda: the CUDA cores by pointer. The op table has checked every argument; an error of the CUDA runtime is a
+// RuntimeError.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 
@@ -47,10 +48,10 @@ class DeviceGuard {
   int device_, before_ = 0;
 };
 
-void coupling_forward(Address x, Address s, Address t, Address y, Address log_det, std::int64_t batch, std::int64_t inner,
-                      std::int64_t x_stride, std::int64_t s_stride, std::int64_t t_stride, std::int64_t y_stride, int x_type,
-                      int st_type, int activation, double clamp, bool inverse, Address scratch, int device,
-                      Address stream) {
+void coupling_forward(Address x, Address s, Address t, Address y, Address log_det, std::int64_t batch,
+                      std::int64_t inner, std::int64_t x_stride, std::int64_t s_stride, std::int64_t t_stride,
+                      std::int64_t y_stride, int x_type, int st_type, int activation, double clamp, bool inverse,
+                      Address scratch, int device, Address stream) {
   const pyface::CouplingForward call{at(x),
                                      at(s),
                                      at(t),
@@ -98,8 +99,8 @@ void coupling_backward(Address grad_out, Address grad_log_det, Address value, Ad
   check(pyface::cuda::coupling_backward(call, at<CUstream_st>(stream)), "coupling_backward");
 }
 
-void haar(Address input, Address output, std::int64_t batch, std::int64_t channels, std::int64_t rows, std::int64_t cols, int type,
-          bool inverse, int device, Address stream) {
+void haar(Address input, Address output, std::int64_t batch, std::int64_t channels, std::int64_t rows,
+          std::int64_t cols, int type, bool inverse, int device, Address stream) {
   const pyface::Haar call{at(input), at(output), batch, channels, rows, cols, static_cast<DType>(type), inverse};
   const DeviceGuard guard(device);
   check(pyface::cuda::haar(call, at<CUstream_st>(stream)), "haar");
@@ -137,13 +138,12 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("coupling_forward", &coupling_forward, Released(), py::arg("x"), py::arg("s"), py::arg("t"), py::arg("y"),
              py::arg("log_det"), py::arg("batch"), py::arg("inner"), py::arg("x_stride"), py::arg("s_stride"),
              py::arg("t_stride"), py::arg("y_stride"), py::arg("x_type"), py::arg("st_type"), py::arg("activation"),
-             py::arg("clamp"), py::arg("inverse"), py::arg("scratch"), py::arg("device"),
-             py::arg("stream"));
+             py::arg("clamp"), py::arg("inverse"), py::arg("scratch"), py::arg("device"), py::arg("stream"));
   module.def("coupling_backward", &coupling_backward, Released(), py::arg("grad_out"), py::arg("grad_log_det"),
              py::arg("value"), py::arg("s"), py::arg("t"), py::arg("grad_x"), py::arg("grad_s"), py::arg("batch"),
-             py::arg("inner"), py::arg("grad_out_stride"), py::arg("value_stride"), py::arg("s_stride"), py::arg("t_stride"),
-             py::arg("x_type"), py::arg("st_type"), py::arg("activation"), py::arg("clamp"), py::arg("inverse"),
-             py::arg("from_output"), py::arg("device"), py::arg("stream"));
+             py::arg("inner"), py::arg("grad_out_stride"), py::arg("value_stride"), py::arg("s_stride"),
+             py::arg("t_stride"), py::arg("x_type"), py::arg("st_type"), py::arg("activation"), py::arg("clamp"),
+             py::arg("inverse"), py::arg("from_output"), py::arg("device"), py::arg("stream"));
   module.def("haar", &haar, Released(), py::arg("input"), py::arg("output"), py::arg("batch"), py::arg("channels"),
              py::arg("rows"), py::arg("cols"), py::arg("type"), py::arg("inverse"), py::arg("device"),
              py::arg("stream"));

@@ -17,7 +17,7 @@ constexpr int kLane = 8;
 constexpr std::int64_t kTile = kWarp * kLane;
 constexpr std::int64_t kMaxRanges = 1024;
 
-// Where a sample is cut into ranges. It must not depend on batch, grid or pointers: it fixes the order of the log-det's sum.
+// Where a sample is cut into ranges: a function of `inner` alone, because it fixes the order of the log-det's sum.
 struct Ranges {
   std::int64_t count, length;
 };
@@ -52,8 +52,9 @@ __device__ R slope(R s, R clamp) {
   } else if constexpr (A == Activation::atan) {
     return R(0.636) * clamp / (1 + s * s);
   } else {
-    const R q = std::exp(-kRate<A> * std::abs(s));
-    return clamp * (2 * kRate<A>) * (q / ((1 + q) * (1 + q)));
+    constexpr int rate = kRate<A>;
+    const R q = std::exp(-rate * std::abs(s));
+    return 2 * rate * clamp * (q / ((1 + q) * (1 + q)));
   }
 }
 
@@ -71,10 +72,11 @@ struct Walk {
   std::int64_t step = std::int64_t(gridDim.x) * kWarps;
 };
 
-// One lane's share of a tile: kLane / Group groups of Group neighbours, so that a warp reads whole lines. The wide and the
-// narrow way give a lane the same elements in the same order.
+// One lane's share of a tile: kLane / Group groups of Group neighbours, so that a warp reads whole lines. The wide and
+// the narrow way give a lane the same elements in the same order.
 template <int Group, typename T>
-__device__ void load_tile(const T* sample, std::int64_t begin, std::int64_t end, int lane, bool wide, Real<T> (&out)[kLane]) {
+__device__ void load_tile(const T* sample, std::int64_t begin, std::int64_t end, int lane, bool wide,
+                          Real<T> (&out)[kLane]) {
 #pragma unroll
   for (int k = 0; k < kLane / Group; ++k) {
     const std::int64_t at = begin + (k * kWarp + lane) * Group;
@@ -83,7 +85,8 @@ __device__ void load_tile(const T* sample, std::int64_t begin, std::int64_t end,
 }
 
 template <int Group, typename T>
-__device__ void store_tile(T* sample, std::int64_t begin, std::int64_t end, int lane, bool wide, const Real<T> (&in)[kLane]) {
+__device__ void store_tile(T* sample, std::int64_t begin, std::int64_t end, int lane, bool wide,
+                           const Real<T> (&in)[kLane]) {
 #pragma unroll
   for (int k = 0; k < kLane / Group; ++k) {
     const std::int64_t at = begin + (k * kWarp + lane) * Group;
@@ -91,7 +94,7 @@ __device__ void store_tile(T* sample, std::int64_t begin, std::int64_t end, int 
   }
 }
 
-// `inverse` stays a run-time flag in both kernels: forward and inverse then share the instructions that make l, bit for bit.
+// `inverse` stays a run-time flag in both kernels: the two directions share the very instructions that make l.
 template <typename X, typename S, Activation A>
 __global__ void __launch_bounds__(kThreads) forward_kernel(CouplingForward call, Ranges ranges, double* partial) {
   using R = Real<X>;
@@ -131,8 +134,8 @@ __global__ void __launch_bounds__(kThreads) forward_kernel(CouplingForward call,
 
 // A warp per sample adds the ranges' sums.
 template <typename R>
-__global__ void __launch_bounds__(kThreads) log_det_kernel(const double* partial, std::int64_t count, std::int64_t batch,
-                                                           bool inverse, R* log_det) {
+__global__ void __launch_bounds__(kThreads)
+    log_det_kernel(const double* partial, std::int64_t count, std::int64_t batch, bool inverse, R* log_det) {
   const Walk walk;
   for (std::int64_t b = walk.first; b < batch; b += walk.step) {
     double sum = 0;
@@ -192,8 +195,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(CouplingBackward cal
   }
 }
 
-// A thread takes kPack neighbours of one sub-band row, that is 2 kPack pixels of two image rows. Image rows 2r and 2r + 1 of
-// plane p are rows 2 line and 2 line + 1 of the whole image when line = p rows + r.
+// A thread takes kPack neighbours of one sub-band row, that is 2 kPack pixels of two image rows. With all planes stacked,
+// sub-band row `line` comes from the image rows 2 line and 2 line + 1.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) haar_kernel(Haar call) {
   using R = Real<T>;
@@ -282,10 +285,11 @@ cudaError_t coupling_forward(const CouplingForward& call, double* scratch, cudaS
   });
   if (error != cudaSuccess || !call.log_det) return error;
   const auto finish = [&](auto* log_det) {
-    return launch(log_det_kernel<std::remove_pointer_t<decltype(log_det)>>, ceil_div(call.batch, kWarps), kThreads, stream,
-                  static_cast<const double*>(scratch), ranges.count, call.batch, call.inverse, log_det);
+    return launch(log_det_kernel<std::remove_pointer_t<decltype(log_det)>>, ceil_div(call.batch, kWarps), kThreads,
+                  stream, static_cast<const double*>(scratch), ranges.count, call.batch, call.inverse, log_det);
   };
-  return call.x_type == DType::f64 ? finish(static_cast<double*>(call.log_det)) : finish(static_cast<float*>(call.log_det));
+  return call.x_type == DType::f64 ? finish(static_cast<double*>(call.log_det))
+                                   : finish(static_cast<float*>(call.log_det));
 }
 
 cudaError_t coupling_backward(const CouplingBackward& call, cudaStream_t stream) {
@@ -300,7 +304,8 @@ cudaError_t haar(const Haar& call, cudaStream_t stream) {
   return with_type(call.type, [&](auto type) {
     using T = typename decltype(type)::type;
     const std::int64_t packs = ceil_div(call.cols, 16 / sizeof(T));
-    return launch(haar_kernel<T>, ceil_div(call.batch * call.channels * call.rows * packs, kThreads), kThreads, stream, call);
+    return launch(haar_kernel<T>, ceil_div(call.batch * call.channels * call.rows * packs, kThreads), kThreads, stream,
+                  call);
   });
 }
 

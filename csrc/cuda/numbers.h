@@ -35,7 +35,8 @@ __device__ bool aligned(const T* pointer) {
   return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
 }
 
-// out[0, N) = in[0, N) as the compute type; entries from `count` on do not exist and read as 0. `wide`: `in` is aligned.
+// out[0, N) = in[0, N) as the compute type; entries from `count` on do not exist and read as 0. `wide`: `in` is
+// aligned.
 template <int N, typename T>
 __device__ void load(const T* in, std::int64_t count, bool wide, Real<T>* out) {
   if (wide && count >= N) {
@@ -60,7 +61,8 @@ __device__ void store(T* out, std::int64_t count, bool wide, const Real<T>* in) 
   if (wide && count >= N) {
 #pragma unroll
     for (int i = 0; i < kWords<T, N>; ++i) {
-      // A plain assignment is four stores to the optimiser, which shares them with the branch below and never joins them again.
+      // A plain assignment is four stores to the optimiser, which shares them with the branch below and never joins
+      // them again.
       __stwb(reinterpret_cast<uint4*>(out) + i, reinterpret_cast<const uint4*>(values)[i]);
     }
   } else {

@@ -114,10 +114,11 @@ def protect(
             notes.append(
                 f"recovery of {job.source} is poor ({quality.recovered:.1f} dB): keep the original, or use --exact"
             )
+        closeness = _decibels(quality.protected, "nothing")
+        recovery = _decibels(math.inf if exact else quality.recovered, "exact")
         return batch.Done(
-            f"{job.target}: {len(faces)} face{'s' * (len(faces) != 1)}, {_decibels(quality.protected, 'nothing')} from plain "
-            f"{obfuscator}, recovery {_decibels(math.inf if exact else quality.recovered, 'exact')} "
-            f"({time.perf_counter() - started:.1f} s)",
+            f"{job.target}: {len(faces)} face{'s' * (len(faces) != 1)}, {closeness} from plain {obfuscator}, "
+            f"recovery {recovery} ({time.perf_counter() - started:.1f} s)",
             {
                 **job.paths(),
                 "skipped": False,

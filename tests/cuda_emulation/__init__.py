@@ -1,7 +1,7 @@
 """Compiles the .cu files of csrc/cuda for the CPU, under AddressSanitizer and UBSan, and calls them with torch tensors.
 
-`build` makes a program out of kernel sources and a driver, once per content; `run` sends it calls and writes what it answers back
-into the tensors, as a call by pointer would have. include/cuda_runtime.h says what the emulation covers.
+`build` makes a program out of kernel sources and a driver, once per content; `run` sends it calls and writes what it
+answers back into the tensors, as a call by pointer would have. include/cuda_runtime.h says what the emulation covers.
 """
 
 import hashlib
@@ -35,7 +35,7 @@ def compiler() -> str | None:
 
 
 def build(*sources: Path) -> Path:
-    """Path of the program built from `sources` and the emulator; built again only when something it is made of changed."""
+    """Path of the program made of `sources` and the emulator; built again only when one of them has changed."""
     cxx = compiler()
     version = subprocess.run([cxx, "--version"], check=True, capture_output=True).stdout
     digest = hashlib.sha256(version + repr((FLAGS, sources)).encode())
@@ -62,9 +62,10 @@ def build(*sources: Path) -> Path:
 def run(program: Path, calls: list[tuple], order: str = "shuffled", seed: int = 0) -> list[int]:
     """Performs `calls` in one process and returns their status codes (cudaError_t).
 
-    A call is (op number, argument, ...). A tensor stands for its data pointer, None for a null pointer; int, bool and float
-    are passed as they are. Everything a tensor's storage holds goes over and comes back, so outputs are filled in place, and
-    the storage is an allocation of its own over there. `order` is the order in which the threads of a block take turns.
+    A call is (op number, argument, ...). A tensor stands for its data pointer, None for a null pointer; int, bool and
+    float are passed as they are. Everything a tensor's storage holds goes over and comes back, so outputs are filled in
+    place, and the storage is an allocation of its own over there. `order` is the order in which the threads of a block
+    take turns.
     """
     request, storages = bytearray(), []
     for op, *arguments in calls:

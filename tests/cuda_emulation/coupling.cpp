@@ -23,7 +23,8 @@ cudaError_t forward(emulation::Call& in) {
   call.clamp = in.real();
   call.inverse = in.integer();
   // The caller of the real core brings scratch of just this size.
-  const std::unique_ptr<double[]> scratch(call.log_det ? new double[cuda::coupling_scratch(call.batch, call.inner)] : nullptr);
+  const std::unique_ptr<double[]> scratch(call.log_det ? new double[cuda::coupling_scratch(call.batch, call.inner)]
+                                                       : nullptr);
   return cuda::coupling_forward(call, scratch.get(), in.stream());
 }
 
@@ -36,7 +37,8 @@ cudaError_t backward(emulation::Call& in) {
   call.t = in.pointer();
   call.grad_x = in.pointer();
   call.grad_s = in.pointer();
-  for (auto* field : {&call.batch, &call.inner, &call.grad_out_stride, &call.value_stride, &call.s_stride, &call.t_stride}) {
+  for (auto* field :
+       {&call.batch, &call.inner, &call.grad_out_stride, &call.value_stride, &call.s_stride, &call.t_stride}) {
     *field = in.integer();
   }
   call.x_type = static_cast<DType>(in.integer());

@@ -37,10 +37,10 @@ struct Fiber {
   void* fake_stack = nullptr;  // AddressSanitizer's
   uint3 index{};
   State state = done;
-  int line = 0;                       // where it waits
-  unsigned mask = 0;                  // whom it waits for in its warp
-  std::uint64_t brought = 0;          // to the exchange
-  std::uint64_t received[kLanes]{};   // from it
+  int line = 0;                      // where it waits
+  unsigned mask = 0;                 // whom it waits for in its warp
+  std::uint64_t brought = 0;         // to the exchange
+  std::uint64_t received[kLanes]{};  // from it
 };
 
 std::vector<std::unique_ptr<Fiber>> fibers;
@@ -109,9 +109,11 @@ void release_barrier(unsigned threads) {
     if (fiber.state != Fiber::at_barrier) continue;
     ++waiting;
     if (!first) first = &fiber;
-    if (fiber.line != first->line) fail("threads of one block wait at different barriers, lines %d and %d", first->line, fiber.line);
+    if (fiber.line != first->line)
+      fail("threads of one block wait at different barriers, lines %d and %d", first->line, fiber.line);
   }
-  if (finished) fail("line %d: %u threads wait at a barrier that %u others have left behind", first->line, waiting, finished);
+  if (finished)
+    fail("line %d: %u threads wait at a barrier that %u others have left behind", first->line, waiting, finished);
   for (unsigned i = 0; i < threads; ++i) fibers[i]->state = Fiber::ready;
 }
 
@@ -172,14 +174,16 @@ const std::uint64_t* warp_exchange(unsigned mask, std::uint64_t value, int line)
     complete = complete && other.state == Fiber::in_warp;
     if (other.state != Fiber::in_warp) continue;
     if (other.mask != mask || other.line != line) {
-      fail("lanes of one warp meet in different exchanges: line %d mask %#x, line %d mask %#x", line, mask, other.line, other.mask);
+      fail("lanes of one warp meet in different exchanges: line %d mask %#x, line %d mask %#x", line, mask, other.line,
+           other.mask);
     }
   }
   if (complete) {
     for (unsigned i = 0; i < present; ++i) {
       if (!(mask >> i & 1)) continue;
       Fiber& other = *fibers[base + i];
-      for (unsigned j = 0; j < kLanes; ++j) other.received[j] = mask >> j & 1 ? fibers[base + j]->brought : ~std::uint64_t(0);
+      for (unsigned j = 0; j < kLanes; ++j)
+        other.received[j] = mask >> j & 1 ? fibers[base + j]->brought : ~std::uint64_t(0);
       other.state = Fiber::ready;
     }
   } else {
@@ -189,7 +193,8 @@ const std::uint64_t* warp_exchange(unsigned mask, std::uint64_t value, int line)
 }
 
 cudaError_t launch(const cudaLaunchConfig_t& config, const std::function<void()>& kernel) {
-  if (config.stream != reinterpret_cast<cudaStream_t>(kStream)) fail("a kernel was launched on another stream than the caller's");
+  if (config.stream != reinterpret_cast<cudaStream_t>(kStream))
+    fail("a kernel was launched on another stream than the caller's");
   const dim3 grid = config.gridDim, block = config.blockDim;
   const std::uint64_t threads = std::uint64_t(block.x) * block.y * block.z;
   if (!grid.x || !grid.y || !grid.z || grid.x > 0x7fffffff || grid.y > 65535 || grid.z > 65535 || threads == 0 ||

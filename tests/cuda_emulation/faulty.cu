@@ -1,4 +1,5 @@
-// Kernels with one mistake each, to prove that the emulation notices, and a sound one, to prove that it does not cry wolf.
+// Kernels with one mistake each, to prove that the emulation notices, and a sound one, to prove that it does not cry
+// wolf.
 #include "cuda/launch.h"
 #include "request.h"
 

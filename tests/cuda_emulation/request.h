@@ -1,4 +1,5 @@
-// How a test talks to an emulated core: a file of calls in, a file of filled buffers out (written and read by __init__.py).
+// How a test talks to an emulated core: a file of calls in, a file of filled buffers out (written and read by
+// __init__.py).
 #pragma once
 
 #include <cuda_runtime.h>
@@ -10,8 +11,8 @@
 
 namespace emulation {
 
-// One call: its arguments in order, and the buffers that its pointers point into. A buffer is an allocation of its exact size,
-// so that a step over its end is caught.
+// One call: its arguments in order, and the buffers that its pointers point into. A buffer is an allocation of its
+// exact size, so that a step over its end is caught.
 class Call {
  public:
   explicit Call(std::FILE* file) : file_(file) {}

@@ -238,6 +238,17 @@ def test_frozen_sub_net_still_passes_gradients_on():
     assert stream.grad.abs().sum() > 0
 
 
+def test_autocast_changes_nothing():
+    torch.manual_seed(0)
+    net = DenseSubnet()
+    inputs = torch.randn(1, 12, 6, 6, requires_grad=True), torch.randn(1, 4, 6, 6)
+    expected = net(*inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = net(*inputs)
+    assert torch.equal(out, expected)
+    out.sum().backward()
+
+
 def test_training_keeps_one_buffer_per_sub_net():
     """Memory plan: 144 channels are saved, against 16 + 48 + 80 + 112 + 144 for a concatenation per layer."""
     net = DenseSubnet()

@@ -181,7 +181,7 @@ def test_haar(interpreted, dtype):
         check_inverse_haar(bands, back)
 
 
-# ---- compiled, not run ------------------------------------------------------------------------------------------------------------
+# ---- compiled, not run -----------------------------------------------------------------------------------------------
 
 NAMES = {F32: "fp32", F64: "fp64", BF16: "bf16", F16: "fp16"}
 
@@ -194,7 +194,8 @@ def kernels():
 def compiled(kernels, kernel, constants, divisible=(), **types):
     """The kernel compiled for sm_90; parameters that are neither in `types` nor constants are 32-bit integers.
 
-    What Triton does by itself at a call is done by hand: arguments in `divisible` are multiples of 16, an integer 1 is a constant.
+    What Triton does by itself at a call is done by hand: arguments in `divisible` are multiples of 16, an integer 1 is a
+    constant.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource

@@ -95,9 +95,10 @@ class _DenseFunction(torch.autograd.Function):
                     SLOPE,
                     True,
                 )
+            wanted = [True, *ctx.needs_input_grad[2 + 2 * layer : 4 + 2 * layer]]
             grad_in, grads[2 * layer], grads[2 * layer + 1] = torch.ops.aten.convolution_backward(
                 grad_out, buffer[:, :inputs], weight, [weight.shape[0]],
-                [1, 1], [1, 1], [1, 1], False, [0, 0], 1, [True, True, True],
+                [1, 1], [1, 1], [1, 1], False, [0, 0], 1, wanted,
             )  # fmt: skip
             if grad_buffer is None:
                 grad_buffer = grad_in
@@ -134,11 +135,17 @@ class DenseSubnet(nn.Module):
     def forward(self, stream: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Tensor[B, C, h, w] and Tensor[B or 1, K, h, w] -> Tensor[B, out, h, w] in ``dtype`` (None: stream's)."""
         dtype = dtype or stream.dtype
-        weights = tuple(p.to(dtype, memory_format=torch.channels_last) if p.ndim == 4 else p.to(dtype)
-                        for conv in self.children() for p in (conv.weight, conv.bias))  # fmt: skip
-        if torch.is_grad_enabled() and (stream.requires_grad or weights[0].requires_grad):
-            return _DenseFunction.apply(stream, key.expand(stream.shape[0], -1, -1, -1), *weights)
-        return _dense_forward((stream, key), weights)[0]
+        weights = tuple(
+            p.to(dtype, memory_format=torch.channels_last) if p.ndim == 4 else p.to(dtype)
+            for conv in self.children()
+            for p in (conv.weight, conv.bias)
+        )
+        inputs = (stream, key.expand(stream.shape[0], -1, -1, -1), *weights)
+        # Autocast would choose other dtypes in protecting than in recovering; `dtype` alone decides.
+        with torch.autocast(stream.device.type, enabled=False):
+            if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
+                return _DenseFunction.apply(*inputs)
+            return _dense_forward(inputs[:2], weights)[0]
 
 
 class SecureCouplingBlock(nn.Module):

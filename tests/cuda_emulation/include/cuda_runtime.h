@@ -1,6 +1,7 @@
-// A CPU meaning for the CUDA that csrc/cuda uses, for tests only: put this folder before any other on the include path and the
-// same .cu files compile with g++. Threads of a block are fibers, blocks run one after another (emulation.cpp). Memory is plain
-// memory, so AddressSanitizer and UBSan see what a kernel does with it. What is not here, no kernel has needed yet.
+// A CPU meaning for the CUDA that csrc/cuda uses, for tests only: put this folder before any other on the include path
+// and the same .cu files compile with g++. Threads of a block are fibers, blocks run one after another (emulation.cpp).
+// Memory is plain memory, so AddressSanitizer and UBSan see what a kernel does with it. What is not here, no kernel has
+// needed yet.
 //
 // Kernels and their __shared__ arrays must sit in an anonymous namespace: the arrays then share one section, which the
 // emulator fills with a poison pattern before every block.
@@ -48,7 +49,8 @@ struct cudaLaunchConfig_t {
 
 namespace emulation {
 
-// The one stream that launches may use: a kernel queued anywhere else would escape the caller's order and any graph capture.
+// The one stream that launches may use: a kernel queued anywhere else would escape the caller's order and any graph
+// capture.
 constexpr std::uintptr_t kStream = 0x5712ea0;
 
 // Order in which the threads of a block get their turns. A missing barrier goes unseen in some orders, not in all.
@@ -73,20 +75,21 @@ T shuffle(unsigned mask, T value, int source, int line) {
   return value;
 }
 
-inline int lane() {
-  return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32;
-}
+inline int lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
 
 }  // namespace emulation
 
 template <typename... Parameters, typename... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments... arguments) {
   return emulation::launch(*config, [=] { kernel(arguments...); });
 }
 
 inline void __syncthreads(int line = __builtin_LINE()) { emulation::block_barrier(line); }
 
-inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) { emulation::warp_exchange(mask, 0, line); }
+inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
+  emulation::warp_exchange(mask, 0, line);
+}
 
 template <typename T>
 T __shfl_sync(unsigned mask, T value, int source, int line = __builtin_LINE()) {
