@@ -1,4 +1,4 @@
-"""Affine coupling and the Haar wavelet against FrEIA, HiNet's eager form, torch.compile and a plain copy; op overhead."""
+"""Affine coupling and the Haar wavelet against FrEIA, HiNet, torch.compile and a plain copy; op overhead."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+import pyface.nn
 import pyface.ops
 from benchmarks import peers
 from benchmarks.harness import Case, Options, Peer, Target, at_size
@@ -21,7 +22,7 @@ def cases(options: Options) -> list[Case]:
     return [*_coupling_cases(options), *_block_cases(options), *_haar_cases(options), *_overhead_cases(options)]
 
 
-# ---- shared pieces ----------------------------------------------------------------------------------------------------------------
+# ---- shared pieces ---------------------------------------------------------------------------------------------------
 
 
 def _ours(options: Options, core, call: Callable[[], object], **about) -> list[Peer]:
@@ -56,7 +57,7 @@ def _copies(x: Tensor) -> list[Peer]:
     return [Peer(COPY, lambda: target.copy_(x)), Peer("clone (copy, fresh memory)", x.clone)]
 
 
-# ---- affine coupling --------------------------------------------------------------------------------------------------------------
+# ---- affine coupling -------------------------------------------------------------------------------------------------
 
 
 def _coupling_cases(options: Options) -> list[Case]:
@@ -77,7 +78,15 @@ def _coupling_cases(options: Options) -> list[Case]:
 
         def add(operation, targets=(), grad=False, size=size, large=large, build=build):
             made.append(
-                Case("affine coupling", operation, size, build(operation), targets=tuple(targets), grad=grad, memory=large)
+                Case(
+                    "affine coupling",
+                    operation,
+                    size,
+                    build(operation),
+                    targets=tuple(targets),
+                    grad=grad,
+                    memory=large,
+                )
             )
 
         fp32 = st == "fp32"
@@ -86,7 +95,9 @@ def _coupling_cases(options: Options) -> list[Case]:
             (
                 [Target("pyface", "at most", 2.6, COPY, threads=1), Target("pyface", "at most", 2.2, COPY, threads=2)]
                 if large and fp32 and options.device == "cpu"
-                else [Target("pyface", "at most", 2.3, COPY)] if large and fp32 else []
+                else [Target("pyface", "at most", 2.3, COPY)]
+                if large and fp32
+                else []
             )
             + ([Target("pyface", "faster", 1.4, "torch.compile")] if large and fp32 else [])
             + ([Target("pyface", "faster", 1.5, "torch.compile")] if batch == 1 and fp32 and not options.quick else []),
@@ -118,7 +129,9 @@ def _coupling_peers(options, operation, shape, dtype, forward_limit, backward_li
     found += _kernel_alone(options, x, s, t, inverse, log_det, about)
     if log_det:
         found.append(
-            _compiled(options, peers.uncoupling_with_log_det if inverse else peers.coupling_with_log_det, x, s, t, **about)
+            _compiled(
+                options, peers.uncoupling_with_log_det if inverse else peers.coupling_with_log_det, x, s, t, **about
+            )
         )
         found.append(_freia("FrEIA", lambda: peers.freia_coupling(x, s, t, inverse), **about))
         eager = peers.hinet_uncoupling if inverse else peers.hinet_coupling
@@ -144,8 +157,9 @@ def _kernel_alone(options, x, s, t, inverse, log_det, about) -> list[Peer]:
     y, sums = torch.empty_like(x), torch.empty(x.shape[0])
     batch, inner = x.shape[0], x.numel() // x.shape[0]
     fixed = (
-        x.data_ptr(), s.data_ptr(), t.data_ptr(), y.data_ptr(), sums.data_ptr() if log_det else 0, batch, inner, inner, inner,
-        inner, inner, _DTYPE_CODES[x.dtype], _DTYPE_CODES[s.dtype], ACTIVATIONS["sigmoid"], peers.CLAMP, inverse,
+        x.data_ptr(), s.data_ptr(), t.data_ptr(), y.data_ptr(), sums.data_ptr() if log_det else 0, batch, inner,
+        inner, inner, inner, inner, _DTYPE_CODES[x.dtype], _DTYPE_CODES[s.dtype],
+        ACTIVATIONS["sigmoid"], peers.CLAMP, inverse,
     )  # fmt: skip
 
     def call(_keep=(x, s, t, y, sums)):
@@ -172,7 +186,9 @@ def _gradient_peers(options, operation, x, s, t, name, forward_limit, backward_l
         return lambda: differentiate(out, True)
 
     with torch.enable_grad():
-        found = _ours(options, CORE, gradients(lambda: pyface.ops.affine_coupling(*leaves, return_log_det=True)), **about)
+        found = _ours(
+            options, CORE, gradients(lambda: pyface.ops.affine_coupling(*leaves, return_log_det=True)), **about
+        )
         if options.quick:
             found.append(Peer("torch.compile", None, why=NO_COMPILE, **about))
         elif both:
@@ -194,7 +210,14 @@ def _block_cases(options: Options) -> list[Case]:
         x = torch.randn(batch, 2 * shape[0], *shape[1:], device=options.device)
         s, t = (torch.randn(batch, *shape, device=options.device) for _ in range(2))
 
-        def ours():
+        layers = pyface.nn.InvertibleSequential(
+            *(
+                pyface.nn.AffineCoupling(peers.Given(s), peers.Given(t), transform=half, clamp=peers.CLAMP)
+                for half in ("first", "second")
+            )
+        )
+
+        def ops():
             first, second = x.chunk(2, 1)
             first, a = pyface.ops.affine_coupling(first, s, t, return_log_det=True)
             second, b = pyface.ops.affine_coupling(second, s, t, return_log_det=True)
@@ -206,15 +229,26 @@ def _block_cases(options: Options) -> list[Case]:
 
         # x in, y out, s and t read for each half: 16 B per element; the copy of x moves 8.
         about = {"limit": (COPY, 2.0)}
-        return [Peer("pyface", ours, required=True, **about), _freia("FrEIA", freia, **about), *_copies(x)]
+        return [
+            Peer("pyface.nn", lambda: layers(x, return_log_det=True), required=True, **about),
+            Peer("pyface.ops, joined by hand", ops, **about),
+            _freia("FrEIA", freia, **about),
+            *_copies(x),
+        ]
 
     return [
-        Case("coupling block", "forward with log-det", f"B={batch}", lambda batch=batch: build(batch))
+        Case(
+            "coupling block",
+            "forward with log-det",
+            f"B={batch}",
+            lambda batch=batch: build(batch),
+            ratio_to="pyface.nn",
+        )
         for batch in at_size(options, (1, 6, 32), (1,))
     ]
 
 
-# ---- Haar wavelet -----------------------------------------------------------------------------------------------------------------
+# ---- Haar wavelet ----------------------------------------------------------------------------------------------------
 
 
 def _haar_cases(options: Options) -> list[Case]:
@@ -226,7 +260,7 @@ def _haar_cases(options: Options) -> list[Case]:
             f"B={batch}",
             lambda operation=operation, batch=batch: _haar_peers(options, operation, batch, side),
             targets=() if options.quick else (Target("pyface", "at most", 1.3, COPY),),
-            memory=batch == 32,
+            memory=batch >= 32,
         )
         for operation in ("dwt", "idwt")
         for batch in at_size(options, (1, 6, 32, 64), (1, 2))
@@ -282,7 +316,7 @@ def _haar_alone(options: Options, x: Tensor, inverse: bool, about: dict) -> list
     return [Peer("pyface, result reused", call, **about)]
 
 
-# ---- op overhead ------------------------------------------------------------------------------------------------------------------
+# ---- op overhead -----------------------------------------------------------------------------------------------------
 
 
 def _overhead_cases(options: Options) -> list[Case]:
@@ -294,18 +328,16 @@ def _overhead_cases(options: Options) -> list[Case]:
             x, s, t = (v.requires_grad_() for v in (x, s, t))
         ours = {
             "pyface": lambda: pyface.ops.affine_coupling(x, s, t),
-            "pyface through torch.ops": lambda: torch.ops.pyface.affine_coupling(x, s, t, 2.0, "sigmoid", False, False, None)[0],
+            "pyface through torch.ops": lambda: torch.ops.pyface.affine_coupling(
+                x, s, t, 2.0, "sigmoid", False, False, None
+            )[0],
             "addcmul": lambda: torch.addcmul(t, x, s),
             "HiNet": lambda: peers.hinet_coupling(x, s, t),
         }
         if operation == "forward + backward":
             seed = torch.ones(1, 8, device=options.device)
-            ours = {
-                name: lambda call=call: torch.autograd.grad(call(), (x, s, t), seed) for name, call in ours.items()
-            }
-        return [
-            Peer(name, call, limit=("addcmul", 1.0), required=name == "pyface") for name, call in ours.items()
-        ]
+            ours = {name: lambda call=call: torch.autograd.grad(call(), (x, s, t), seed) for name, call in ours.items()}
+        return [Peer(name, call, limit=("addcmul", 1.0), required=name == "pyface") for name, call in ours.items()]
 
     targets = {"no grad": (Target("pyface", "excess", 5.0, "addcmul"),), "recording": (), "forward + backward": ()}
     return [

@@ -2,21 +2,24 @@
 
 How it measures, so that a number can be judged:
 
-- *Interleaved.* A round visits every peer of a case once, in turn; a case has many rounds. Whatever else the machine does
-  meanwhile hits all peers alike. Times are medians over rounds with the 10th and 90th percentile; ratios are medians of the
-  ratios *within* a round, so that slow drift cancels (they may differ a little from the ratio of the two medians).
-- *Warm.* Every shape of every case has run, and what compiles has compiled, before anything is timed. A visit repeats a short
-  call until it lasts about a millisecond, after one call that is not timed.
-- *On the CPU* the clock is the wall clock. Results are allocated by each call as in use. Fresh memory costs page faults, which
-  are counted and shown per call, because for large results they may cost more than the kernel.
-- *On a GPU* a call lies between two CUDA events, and 256 MB, several times any L2 cache, are overwritten before it: inputs come
-  from memory, and the host is ahead of the device when the first event is reached, unless the call has very many launches.
-- *The limit* is the time of a plain operation in the same rounds, scaled by the bytes or FLOPs it has to move or do: "2 x copy_"
-  for a kernel that must read three tensors and write one. x limit = 1 is the best one can hope for with data outside the caches.
-- *Memory* is the peak above what the inputs hold, results included. CPU: the kernel's high-water mark of resident memory (VmHWM,
-  reset through /proc/self/clear_refs) with malloc told to map every block above 64 KB separately, so that freed memory leaves at
-  once; it sees everything, also what never passes torch's allocator; resolution about 0.3 MB; Linux with glibc only. It changes
-  malloc, so it runs after all timing. GPU: torch.cuda.max_memory_allocated.
+- *Interleaved.* A round visits every peer of a case once, in turn; a case has many rounds. Whatever else the machine
+  does meanwhile hits all peers alike. Times are medians over rounds with the 10th and 90th percentile; ratios are
+  medians of the ratios *within* a round, so that slow drift cancels (and may differ a little from the ratio of the two
+  medians).
+- *Warm.* Every shape of every case has run, and what compiles has compiled, before anything is timed. A visit repeats
+  a short call until it lasts about a millisecond, after one call that is not timed.
+- *On the CPU* the clock is the wall clock. Each call allocates its result, as in use. Fresh memory costs page faults,
+  which are counted and shown per call, because for large results they may cost more than the kernel.
+- *On a GPU* a call lies between two CUDA events, and 256 MB, several times any L2 cache, are overwritten before it:
+  inputs come from memory, and the host is ahead of the device when the first event is reached, unless the call has very
+  many launches.
+- *The limit* is the time of a plain operation in the same rounds, scaled by the bytes or FLOPs it has to move or do:
+  "2 x copy_" for a kernel that must read three tensors and write one. With data outside the caches, x limit = 1 is the
+  best one can hope for.
+- *Memory* is the peak above what the inputs hold, results included. CPU: the kernel's high-water mark of resident
+  memory (VmHWM, reset through /proc/self/clear_refs) with malloc told to map every block above 64 KB separately, so
+  that freed memory leaves at once; it sees everything, also what never passes torch's allocator; resolution about
+  0.3 MB; Linux with glibc only. It changes malloc, so it runs after all timing. GPU: torch.cuda.max_memory_allocated.
 
 A peer that cannot run is listed with its reason. Targets are printed as met or missed; nothing here asserts a time.
 """
@@ -129,7 +132,7 @@ class Case:
         ratio_to: peer the others are related to in the table.
         grad: whether autograd is on.
         seconds: time to spend on its rounds.
-        memory: also measure peak memory and, on the CPU, page faults.
+        memory: also measure peak memory.
         host: measure the host's time even on a GPU.
     """
 
@@ -149,7 +152,7 @@ class Case:
         return f"{self.group}, {self.operation}, {self.size}"
 
 
-# ---- clocks and memory ------------------------------------------------------------------------------------------------------------
+# ---- clocks and memory -----------------------------------------------------------------------------------------------
 
 
 def host_clock(call: Callable[[], object], repeats: int) -> float:
@@ -182,12 +185,12 @@ class CudaClock:
         return float(np.median([start.elapsed_time(end) for start, end in events])) / 1e3
 
 
-def page_faults() -> int | None:
-    """Pages this process was given so far (None where the system does not tell)."""
+def page_faults() -> int:
+    """Pages this process was given so far (0 where the system does not tell)."""
     try:
         import resource
     except ImportError:
-        return None
+        return 0
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
 
@@ -224,13 +227,15 @@ def _resident(name: str) -> int:
     raise OSError(f"no {name} in /proc/self/status")
 
 
-# ---- measuring --------------------------------------------------------------------------------------------------------------------
+# ---- measuring -------------------------------------------------------------------------------------------------------
 
 
 class Runner:
     """Warms all cases, then times them, then measures their memory."""
 
-    def __init__(self, name: str, cases: list[Case], options: Options, progress: Callable[[str], None] = lambda _: None):
+    def __init__(
+        self, name: str, cases: list[Case], options: Options, progress: Callable[[str], None] = lambda _: None
+    ):
         self.name, self.cases, self.options, self.progress = name, cases, options, progress
         self.broken: dict[tuple[str, str], str] = {}
         self.clock = CudaClock() if options.device == "cuda" else host_clock
@@ -301,7 +306,6 @@ class Runner:
 
         times = {p.name: np.empty(rounds) for p in running}
         faults = {p.name: np.zeros(rounds) for p in running}
-        gc.collect()
         gc.disable()
         try:
             with torch.set_grad_enabled(case.grad):
@@ -311,8 +315,7 @@ class Runner:
                             peer.call()
                         before = page_faults()
                         times[peer.name][i] = clock(peer.call, repeats[peer.name])
-                        if before is not None:
-                            faults[peer.name][i] = (page_faults() - before) / repeats[peer.name]
+                        faults[peer.name][i] = (page_faults() - before) / repeats[peer.name]
         finally:
             gc.enable()
         return self._rows(case, threads, peers, skipped, times, faults)
@@ -332,31 +335,34 @@ class Runner:
                 unit, factor = peer.limit
                 row |= {"limit": f"{factor:.3g} x {unit}", "limit_ratio": float(np.median(t / (factor * times[unit])))}
             rows.append(row)
-            if case.memory and self.options.device == "cpu" and page_faults() is not None:
-                rows.append(self._row(case, peer, threads, "page_faults", float(np.median(faults[peer.name])), "per call"))
+            per_call = float(np.median(faults[peer.name]))
+            if self.options.device == "cpu" and (case.memory or per_call >= 1):
+                rows.append(self._row(case, peer, threads, "page_faults", per_call, "per call"))
         for target in case.targets:
             if target.threads in (None, threads) and {target.peer, target.other} <= times.keys():
                 value = target.measure(times)
                 peer = next(p for p in peers if p.name == target.peer)
-                row = self._row(case, peer, threads, "target", value, "us" if target.kind == "excess" else "x", target.text())
+                row = self._row(
+                    case, peer, threads, "target", value, "us" if target.kind == "excess" else "x", target.text()
+                )
                 rows.append(row | {"target": target.bound, "met": "yes" if target.is_met(value) else "no"})
         return rows
 
     def _row(self, case, peer, threads, metric, value=None, unit="", note="") -> dict:
         row = dict.fromkeys(COLUMNS)
         row |= {
-            "benchmark": self.name, "case": case.title, "group": case.group, "operation": case.operation, "size": case.size,
-            "peer": peer.name, "threads": threads, "dtype": peer.dtype, "device": self.options.device, "metric": metric,
-            "value": value, "unit": unit, "note": note, "quick": "yes" if self.options.quick else "no",
+            "benchmark": self.name, "case": case.title, "group": case.group, "operation": case.operation,
+            "size": case.size, "peer": peer.name, "threads": threads, "dtype": peer.dtype,
+            "device": self.options.device, "metric": metric, "value": value, "unit": unit, "note": note,
+            "quick": "yes" if self.options.quick else "no",
         }  # fmt: skip
         return row | self.header
 
 
-KEY = ("benchmark", "case", "peer", "threads", "dtype", "device", "metric", "note")
 HEADER = ("date", "cpu", "cores", "isa", "gpu", "system", "python", "torch", "triton", "pyface", "git", "load")
 COLUMNS = (
-    "benchmark", "case", "group", "operation", "size", "peer", "threads", "dtype", "device", "metric", "value", "unit", "p10",
-    "p90", "rounds", "ratio_to", "ratio", "limit", "limit_ratio", "target", "met", "note", "quick", *HEADER,
+    "benchmark", "case", "group", "operation", "size", "peer", "threads", "dtype", "device", "metric", "value", "unit",
+    "p10", "p90", "rounds", "ratio_to", "ratio", "limit", "limit_ratio", "target", "met", "note", "quick", *HEADER,
 )  # fmt: skip
 
 
@@ -390,7 +396,9 @@ def machine_header(device: str) -> dict[str, object]:
 def _git_state() -> str:
     def git(*words: str) -> str:
         here = Path(__file__).parent
-        return subprocess.run(["git", "-C", str(here), *words], capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", "-C", str(here), *words], capture_output=True, text=True, check=True
+        ).stdout.strip()
 
     try:
         return git("rev-parse", "--short", "HEAD") + (" with changes" if git("status", "--porcelain", "-uno") else "")
@@ -398,7 +406,7 @@ def _git_state() -> str:
         return "unknown"
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------------------
+# ---- files -----------------------------------------------------------------------------------------------------------
 
 
 def write_csv(path: Path, rows: Iterable[dict]) -> None:
@@ -438,7 +446,7 @@ def slug(text: str) -> str:
 
 
 def plot(rows: list[dict], folder: Path) -> list[Path]:
-    """One picture per group and number of threads: bars of time / limit for every peer, a panel per operation and size."""
+    """One picture per group and number of threads: bars of time / limit, a panel per operation and size."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -454,7 +462,9 @@ def plot(rows: list[dict], folder: Path) -> list[Path]:
             operations, sizes = sizes, operations
         cells = {}
         for row in mine:
-            place = (row["operation"], row["size"]) if row["operation"] in operations else (row["size"], row["operation"])
+            place = (
+                (row["operation"], row["size"]) if row["operation"] in operations else (row["size"], row["operation"])
+            )
             cells.setdefault(place, []).append(row)
         bars = max(len(cell) for cell in cells.values())
         figure, axes = plt.subplots(
@@ -463,10 +473,10 @@ def plot(rows: list[dict], folder: Path) -> list[Path]:
         )  # fmt: skip
         for i, size in enumerate(sizes):
             for j, operation in enumerate(operations):
-                _panel(axes[i, j], cells.get((operation, size)), f"{operation}, {size}")
+                _panel(axes[i, j], cells.get((operation, size)), f"{operation}, {size}", bars)
         header = mine[0]
         where = header["gpu"] or f"{header['cpu']}, {threads} thread{'s' * (threads != 1)}"
-        figure.suptitle(f"{group}: time relative to the limit (1 = best possible, shorter is better)\n{where}, torch {header['torch']}")
+        figure.suptitle(f"{group}: time / limit, shorter is better\n{where}, torch {header['torch']}")
         path = folder / f"{header['benchmark']}-{slug(group)}-{header['device']}-{threads}t.png"
         with replacing(path, overwrite=True) as temporary:
             figure.savefig(temporary, format="png", dpi=100)
@@ -475,7 +485,7 @@ def plot(rows: list[dict], folder: Path) -> list[Path]:
     return written
 
 
-def _panel(axis, rows: list[dict] | None, title: str) -> None:
+def _panel(axis, rows: list[dict] | None, title: str, bars: int) -> None:
     if not rows:
         axis.set_axis_off()
         return
@@ -484,24 +494,32 @@ def _panel(axis, rows: list[dict] | None, title: str) -> None:
     places = range(len(rows))
     axis.barh(places, values, color=colors, height=0.72)
     axis.set_yticks(places, [row["peer"] for row in rows], fontsize=8)
-    axis.invert_yaxis()
+    axis.set_ylim(bars - 0.5, -0.5)  # bars of one thickness in all panels
     axis.axvline(1, color="#c0392b", linewidth=1)
     # The room on the right is for the numbers behind the bars.
-    axis.set_xlim(0, max(*values, 1) * 1.35)
+    axis.set_xlim(0, max(*values, 1) * 1.4)
     for place, row in zip(places, rows, strict=True):
-        axis.text(row["limit_ratio"], place, f" {row['limit_ratio']:.2f}  ({_time(row['value'])})", va="center", fontsize=7)
-    axis.set_title(title, fontsize=9)
+        axis.text(
+            row["limit_ratio"], place, f" {row['limit_ratio']:.2f}  ({_time(row['value'])})", va="center", fontsize=7
+        )
+    limits = dict.fromkeys(row["limit"] for row in rows)
+    axis.set_title(f"{title}  (1 = {limits.popitem()[0]})" if len(limits) == 1 else title, fontsize=9)
     axis.tick_params(axis="x", labelsize=7)
     axis.spines[["top", "right"]].set_visible(False)
 
 
-# ---- what people read -------------------------------------------------------------------------------------------------------------
+# ---- what people read ------------------------------------------------------------------------------------------------
 
 
 def _time(milliseconds: float) -> str:
     if milliseconds < 0.1:
         return f"{milliseconds * 1e3:.3g} us"
     return f"{milliseconds:.3f} ms" if milliseconds < 10 else f"{milliseconds:.1f} ms"
+
+
+def _range(low: float, high: float) -> str:
+    a, b = _time(low), _time(high)
+    return f"{a.split()[0]} - {b}" if a.split()[1] == b.split()[1] else f"{a} - {b}"
 
 
 def show(rows: list[dict], console) -> None:
@@ -514,18 +532,31 @@ def show(rows: list[dict], console) -> None:
         return
     header = rows[0]
     console.print(" | ".join(f"{name} {header[name]}" for name in HEADER if header[name]), highlight=False)
+    if header["load"] and float(header["load"]) >= 1:
+        console.print(
+            f"[yellow]The machine was busy at the start (load {header['load']}): measure again on a quiet one.[/]"
+        )
     for group, operation, threads in dict.fromkeys((r["group"], r["operation"], r["threads"]) for r in rows):
         mine = [r for r in rows if (r["group"], r["operation"], r["threads"]) == (group, operation, threads)]
         same_cases = [r for r in rows if (r["group"], r["operation"]) == (group, operation)]
-        memories = {(r["size"], r["peer"]): r["value"] for r in same_cases if r["metric"] == "memory"}  # of the most threads
+        memories = {
+            (r["size"], r["peer"]): r["value"] for r in same_cases if r["metric"] == "memory"
+        }  # of the most threads
         faults = {(r["size"], r["peer"]): r["value"] for r in mine if r["metric"] == "page_faults"}
         title = f"{group}: {operation}, {threads} thread{'s' * (threads != 1)}, {header['device']}"
         table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1))
-        ratio_to = next((r["ratio_to"] for r in mine if r["ratio_to"]), "")
         for name in ("size", "peer"):
             table.add_column(name, no_wrap=True)
-        for name in ("median", "p10 - p90", "x limit", f"x {ratio_to}", *(["extra MB", "faults"] if memories else [])):
-            table.add_column(name, justify="right")
+        for name in (
+            "median",
+            "p10 - p90",
+            "x limit",
+            "ratio",
+            *(["extra MB"] if memories else []),
+            *(["faults"] if faults else []),
+        ):
+            table.add_column(name, justify="right", no_wrap=True)
+        left_out = {}
         for size in dict.fromkeys(r["size"] for r in mine):
             shown = size
             for r in mine:
@@ -533,22 +564,36 @@ def show(rows: list[dict], console) -> None:
                     continue
                 name = f"[bold]{escape(r['peer'])}[/]" if r["peer"].startswith(OURS) else escape(r["peer"])
                 if r["metric"] == "skipped":
-                    table.add_row(shown, name, "-", escape(r["note"][:60]))
+                    table.add_row(shown, name, "-")
+                    left_out[r["peer"]] = r["note"]
                 else:
-                    cells = [_time(r["value"]), f"{_time(r['p10'])} - {_time(r['p90'])}", _ratio(r["limit_ratio"]), _ratio(r["ratio"])]
-                    if memories:
-                        cells += [_count(memories.get((size, r["peer"])), 1), _count(faults.get((size, r["peer"])), 0)]
+                    cells = [
+                        _time(r["value"]),
+                        _range(r["p10"], r["p90"]),
+                        _ratio(r["limit_ratio"]),
+                        _ratio(r["ratio"]),
+                    ]
+                    cells += [_count(memories.get((size, r["peer"])), 1)] if memories else []
+                    cells += [_count(faults.get((size, r["peer"])), 0)] if faults else []
                     table.add_row(shown, name, *cells)
                 shown = ""
             table.add_section()
         console.print(table)
-        limits = dict.fromkeys(r["limit"] for r in mine if r["limit"])
-        if limits:
-            console.print(f"  limit: {'; '.join(limits)}\n", highlight=False)
+        limits = "; ".join(dict.fromkeys(r["limit"] for r in mine if r["limit"]))
+        ratio_to = next((r["ratio_to"] for r in mine if r["ratio_to"]), "")
+        lines = [f"limit: {limits}" if limits else "", f"ratio: to {ratio_to}" if ratio_to else ""]
+        lines += [f"{name} left out: {why}" for name, why in left_out.items()]
+        console.print(*(f"  {escape(line)}" for line in lines if line), "", sep="\n", highlight=False)
     targets = [r for r in rows if r["metric"] == "target"]
     if targets:
         table = Table(title="Targets", box=box.SIMPLE_HEAD, title_justify="left", title_style="bold", padding=(0, 1))
-        for name, justify in (("case", "left"), ("threads", "right"), ("target", "left"), ("measured", "right"), ("", "left")):
+        for name, justify in (
+            ("case", "left"),
+            ("threads", "right"),
+            ("target", "left"),
+            ("measured", "right"),
+            ("", "left"),
+        ):
             table.add_column(name, justify=justify)
         for r in targets:
             met = "[green]met[/]" if r["met"] == "yes" else "[yellow]missed[/]"
@@ -570,8 +615,10 @@ def show_changes(old: list[dict], new: list[dict], console) -> None:
     from rich.markup import escape
     from rich.table import Table
 
+    same = ("benchmark", "case", "peer", "threads", "dtype", "device")
+
     def times(rows):
-        return {tuple(r[k] or "" for k in KEY): r for r in rows if r["metric"] == "time"}
+        return {tuple(r[k] for k in same): r for r in rows if r["metric"] == "time"}
 
     before, after = times(old), times(new)
     both = [key for key in after if key in before]
@@ -581,7 +628,9 @@ def show_changes(old: list[dict], new: list[dict], console) -> None:
     for name in HEADER:
         if name not in ("date", "load") and str(old[0][name] or "") != str(new[0][name] or ""):
             console.print(f"{name} differs: {old[0][name]} -> {new[0][name]}", highlight=False)
-    table = Table(title=f"Changes since {old[0]['date']}, git {old[0]['git']}", box=box.SIMPLE_HEAD, title_justify="left")
+    table = Table(
+        title=f"Changes since {old[0]['date']}, git {old[0]['git']}", box=box.SIMPLE_HEAD, title_justify="left"
+    )
     table.add_column("case")
     table.add_column("peer", no_wrap=True)
     for name in ("threads", "before", "now", "change", "x limit before", "now"):

@@ -13,7 +13,7 @@ CLAMP = 2.0
 SLOPE = 0.01  # of LeakyReLU in the dense sub-nets
 KEY_CHANNELS = 4
 
-# ---- torch.compile and FrEIA, where they are ---------------------------------------------------------------------------------------
+# ---- torch.compile and FrEIA, where they are -------------------------------------------------------------------------
 
 
 @functools.cache
@@ -32,7 +32,7 @@ def why_no_freia() -> str:
     return ""
 
 
-# ---- affine coupling ---------------------------------------------------------------------------------------------------------------
+# ---- affine coupling -------------------------------------------------------------------------------------------------
 
 
 def hinet_coupling(x: Tensor, s: Tensor, t: Tensor) -> Tensor:
@@ -57,7 +57,7 @@ def uncoupling_with_log_det(y: Tensor, s: Tensor, t: Tensor) -> tuple[Tensor, Te
     return (y - t) * torch.exp(-log_scale), -log_scale.sum(tuple(range(1, y.ndim)))
 
 
-class _Given(nn.Module):
+class Given(nn.Module):
     """A sub-net that costs nothing: it returns a tensor it was given."""
 
     def __init__(self, value: Tensor):
@@ -69,15 +69,15 @@ class _Given(nn.Module):
 
 
 def freia_block(x: Tensor, s: Tensor, t: Tensor) -> nn.Module:
-    """FrEIA's RealNVP block for a tensor of twice x's channels, whose sub-nets return s and t: what remains is its own work."""
+    """FrEIA's RealNVP block for a tensor of twice x's channels, with sub-nets that return s and t."""
     import FrEIA.modules
 
     shape = (2 * x.shape[1], *x.shape[2:])
     block = FrEIA.modules.RNVPCouplingBlock(
         [shape], subnet_constructor=lambda _in, _out: nn.Identity(), clamp=CLAMP, clamp_activation="SIGMOID"
     )
-    block.subnet_s1, block.subnet_s2 = _Given(s), _Given(s)
-    block.subnet_t1, block.subnet_t2 = _Given(t), _Given(t)
+    block.subnet_s1, block.subnet_s2 = Given(s), Given(s)
+    block.subnet_t1, block.subnet_t2 = Given(t), Given(t)
     return block
 
 
@@ -87,7 +87,7 @@ def freia_coupling(x: Tensor, s: Tensor, t: Tensor, inverse: bool = False) -> Ca
     return lambda: block._coupling1(x, x, rev=inverse)
 
 
-# ---- Haar wavelet ------------------------------------------------------------------------------------------------------------------
+# ---- Haar wavelet ----------------------------------------------------------------------------------------------------
 
 
 def hinet_dwt(x: Tensor) -> Tensor:
@@ -111,7 +111,9 @@ def hinet_idwt(bands: Tensor) -> Tensor:
 
 def haar_weights(channels: int, device: str) -> Tensor:
     """Tensor[4C, C, 2, 2]: the transform as a dense convolution of stride 2."""
-    kernels = torch.tensor([[[1, 1], [1, 1]], [[-1, 1], [-1, 1]], [[-1, -1], [1, 1]], [[1, -1], [-1, 1]]], device=device) / 2
+    kernels = (
+        torch.tensor([[[1, 1], [1, 1]], [[-1, 1], [-1, 1]], [[-1, -1], [1, 1]], [[1, -1], [-1, 1]]], device=device) / 2
+    )
     weights = torch.zeros(4, channels, channels, 2, 2, device=device)
     for channel in range(channels):
         weights[:, channel, channel] = kernels
@@ -129,8 +131,8 @@ def conv_idwt(bands: Tensor, weights: Tensor) -> Tensor:
 def freia_haar(channels: int, height: int, width: int, device: str, by_band: bool, inverse: bool = False) -> Callable:
     """FrEIA's HaarDownsampling (HL and LH negated against HiNet's).
 
-    Its inverse multiplies its input in place in the default order. Called again and again that would end in denormal numbers, so
-    the inverse is built with the factor 1 (`rebalance=0.5`): the same work, twice the values.
+    Its inverse multiplies its input in place in the default order. Called again and again that would end in denormal
+    numbers, so the inverse is built with the factor 1 (`rebalance=0.5`): the same work, twice the values.
     """
     import FrEIA.modules
 
@@ -140,7 +142,7 @@ def freia_haar(channels: int, height: int, width: int, device: str, by_band: boo
     return lambda x: module((x,), rev=inverse)[0][0]
 
 
-# ---- PRO-Face S --------------------------------------------------------------------------------------------------------------------
+# ---- PRO-Face S ------------------------------------------------------------------------------------------------------
 
 
 class CatSubnet(nn.Module):
@@ -163,16 +165,21 @@ class CatSubnet(nn.Module):
 class CatProFaceS(nn.Module):
     """PRO-Face S in plain PyTorch: `torch.cat` everywhere, HiNet's wavelet and coupling. Takes `ProFaceS`'s state dict.
 
-    Inputs and results as `ProFaceS.protect` and `.recover` without by-product.
+    Inputs and results as `ProFaceS.protect` and `.recover` without by-product. The bands are brought into
+    `memory_format` once; cat and convolution keep it.
     """
 
-    def __init__(self, blocks: int = 3):
+    def __init__(self, blocks: int = 3, memory_format: torch.memory_format = torch.contiguous_format):
         super().__init__()
+        self.memory_format = memory_format
         names = ("omega", "phi", "rho", "eta")
         self.blocks = nn.ModuleList(nn.ModuleDict({name: CatSubnet() for name in names}) for _ in range(blocks))
 
+    def _bands(self, picture: Tensor) -> Tensor:
+        return hinet_dwt(picture).contiguous(memory_format=self.memory_format)
+
     def protect(self, image: Tensor, obfuscated: Tensor, key_map: Tensor) -> Tensor:
-        x, y, key = hinet_dwt(image), hinet_dwt(obfuscated), hinet_dwt(key_map)
+        x, y, key = self._bands(image), self._bands(obfuscated), self._bands(key_map)
         for block in self.blocks:
             seen = torch.cat((x, key), 1)
             y = hinet_coupling(y, block["omega"](seen), block["phi"](seen))
@@ -181,7 +188,7 @@ class CatProFaceS(nn.Module):
         return hinet_idwt(y)
 
     def recover(self, protected: Tensor, key_map: Tensor) -> Tensor:
-        y, key = hinet_dwt(protected), hinet_dwt(key_map)
+        y, key = self._bands(protected), self._bands(key_map)
         x = torch.cat((key, key, key), 1)
         for block in reversed(self.blocks):
             seen = torch.cat((y, key), 1)
@@ -194,7 +201,7 @@ class CatProFaceS(nn.Module):
 def bare_convolutions(
     subnets: Sequence[nn.Module], batch: int, height: int, width: int, dtype: torch.dtype, device: str
 ) -> Callable[[], None]:
-    """The convolutions of dense sub-nets and nothing else: each on a tensor of its own, channels last, nothing concatenated."""
+    """The convolutions of dense sub-nets and nothing else: channels last, nothing concatenated."""
     layers = []
     for subnet in subnets:
         for conv in (subnet.conv1, subnet.conv2, subnet.conv3, subnet.conv4, subnet.conv5):

@@ -261,13 +261,16 @@ def _stored(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if _INTERPRETED and dtype == torch.bfloat16 else dtype
 
 
-def _like(sample: Tensor, dtype: torch.dtype) -> Tensor:
-    """Dense uninitialised tensor in the element order of `sample`."""
-    if sample[:1].is_contiguous():
-        order = torch.contiguous_format
-    else:
-        order = torch.channels_last if sample.dim() == 4 else torch.channels_last_3d
-    return torch.empty_like(sample, dtype=_stored(dtype), memory_format=order)
+def _order(tensor: Tensor) -> torch.memory_format:
+    """The element order inside the samples of `tensor`."""
+    if tensor[:1].is_contiguous():
+        return torch.contiguous_format
+    return torch.channels_last if tensor.dim() == 4 else torch.channels_last_3d
+
+
+def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Dense uninitialised tensor in the element order of `tensor`."""
+    return torch.empty_like(tensor, dtype=_stored(dtype), memory_format=_order(tensor))
 
 
 def _ranges(inner: int) -> tuple[int, int]:
@@ -282,11 +285,15 @@ def _aligned(inner: int, tensors: list[Tensor | None]) -> tuple[bool, list[Tenso
     """Whether kernels may use 16-byte accesses, and tensors that allow it.
 
     The vector width decides which thread adds which elements of the log-det, so it too must follow from `inner` alone.
-    Where the sample size allows vectors, the rare tensor that lies across the grain (a view at an odd offset) is copied.
+    Where the sample size allows vectors, the rare tensor that lies across the grain (a view at an odd offset) is
+    copied.
     """
     if inner % 16:
         return False, tensors
-    return True, [t if t is None or (t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0) else t.clone() for t in tensors]
+    return True, [
+        t if t is None or (t.data_ptr() % 16 == 0 and t.stride(0) % 16 == 0) else t.clone(memory_format=_order(t))
+        for t in tensors
+    ]
 
 
 def forward(
@@ -295,7 +302,8 @@ def forward(
     """y, and the log-determinants [B] (float64 for float64, else float32; None when not wanted)."""
     batch = x.shape[0]
     y = _like(x, x.dtype)
-    sums = x.new_zeros(batch, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32) if log_det else None
+    allocate = x.new_empty if x.numel() else x.new_zeros  # the sum over no elements is written by no kernel
+    sums = allocate(batch, dtype=torch.float64 if x.dtype == torch.float64 else torch.float32) if log_det else None
     if x.numel():
         inner = x.numel() // batch
         ranges, length = _ranges(inner)

@@ -1,7 +1,7 @@
 """What the affine coupling and the Haar transform must give, in float64, and how far a kernel may be off.
 
-Written from the definitions (plain torch.sigmoid, tanh, atan, and autograd for the gradients), so that no closed form of
-a kernel is checked against itself.
+Written from the definitions (plain torch.sigmoid, tanh, atan, and autograd for the gradients), so that no closed form
+of a kernel is checked against itself.
 """
 
 import torch

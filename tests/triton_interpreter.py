@@ -12,7 +12,7 @@ KERNELS = Path(__file__).resolve().parents[1] / "kernels"
 
 
 class Interpreter:
-    """Calls functions of kernels/<core>.py: `Interpreter("coupling")("haar_dwt2d", x)`. Strides and offsets go along."""
+    """Calls functions of kernels/<core>.py: `Interpreter("coupling")("haar_dwt2d", x)`. Strides and offsets go over."""
 
     def __init__(self, core: str):
         command = [sys.executable, __file__, str(KERNELS / f"{core}.py")]

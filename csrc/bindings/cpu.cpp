@@ -1,10 +1,18 @@
 // Python module pyface._cpu: pointers in, nothing else. The op table (pyface/ops) has checked every argument.
 
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
+#include <cstdlib>
+#include <memory>
 #include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
 
 #include "cpu/coupling.h"
+#include "cpu/dense_block.h"
 
 namespace py = pybind11;
 using namespace pyface;
@@ -16,27 +24,28 @@ typedef std::uintptr_t Address;  // 0 is a null pointer
 const void* in(Address a) { return reinterpret_cast<const void*>(a); }
 void* out(Address a) { return reinterpret_cast<void*>(a); }
 
-const char* const kIsaNames[] = {"baseline", "avx2", "avx512"};
+const char* const kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
 
 // The instruction set in use: the best this machine has, until Python narrows it (PYFACE_CPU_ISA, tests).
 cpu::Isa current_isa = cpu::best_isa();
 
 #if defined(__x86_64__)
-#define PYFACE_CALL(function, ...)                                                  \
-  do {                                                                              \
-    py::gil_scoped_release unlocked;                                                \
-    switch (current_isa) {                                                          \
-      case cpu::Isa::avx512: cpu::avx512::function(__VA_ARGS__); break;             \
-      case cpu::Isa::avx2: cpu::avx2::function(__VA_ARGS__); break;                 \
-      default: cpu::baseline::function(__VA_ARGS__);                                \
-    }                                                                               \
-  } while (0)
+#define PYFACE_CALL(function, ...)                                                        \
+  [&] {                                                                                   \
+    py::gil_scoped_release unlocked;                                                      \
+    switch (current_isa) {                                                                \
+      case cpu::Isa::avx512_bf16: return cpu::avx512_bf16::function(__VA_ARGS__);         \
+      case cpu::Isa::avx512: return cpu::avx512::function(__VA_ARGS__);                   \
+      case cpu::Isa::avx2: return cpu::avx2::function(__VA_ARGS__);                       \
+      default: return cpu::baseline::function(__VA_ARGS__);                               \
+    }                                                                                     \
+  }()
 #else
 #define PYFACE_CALL(function, ...)                  \
-  do {                                              \
+  [&] {                                             \
     py::gil_scoped_release unlocked;                \
-    cpu::baseline::function(__VA_ARGS__);           \
-  } while (0)
+    return cpu::baseline::function(__VA_ARGS__);    \
+  }()
 #endif
 
 void coupling_forward(Address x, Address s, Address t, Address y, Address log_det, std::int64_t batch, std::int64_t inner,
@@ -66,6 +75,63 @@ void haar(Address input, Address output, std::int64_t batch, std::int64_t channe
   PYFACE_CALL(haar, args, threads);
 }
 
+// A buffer of the last call, kept for the next one: fresh pages cost up to a third of the time of the work done in them. The
+// spare one is touched with the GIL held only, and a call that runs meanwhile has its own.
+struct WorkBuffer {
+  static constexpr std::int64_t kKept = 256 << 20;  // bytes; a larger one is freed at once
+  std::unique_ptr<void, decltype(&std::free)> data{nullptr, &std::free};
+  std::int64_t bytes = 0;
+
+  static WorkBuffer& spare() {
+    static WorkBuffer buffer;
+    return buffer;
+  }
+  static WorkBuffer take(std::int64_t bytes) {  // a multiple of 64
+    WorkBuffer buffer = std::move(spare());
+    if (!buffer.data || buffer.bytes < bytes) {
+      buffer.data.reset();  // first, so that the two need not fit together
+      buffer.data.reset(std::aligned_alloc(64, bytes));
+      buffer.bytes = bytes;
+    }
+    return buffer;
+  }
+  static void give_back(WorkBuffer buffer) {
+    if (buffer.bytes <= kKept && (!spare().data || spare().bytes < buffer.bytes)) spare() = std::move(buffer);
+  }
+};
+
+// parts: (address, channels, batch stride, channel stride, row stride, column stride); layers: (weight, bias, outputs).
+void dense_block(const std::vector<std::tuple<Address, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>>& parts,
+                 const std::vector<std::tuple<Address, Address, std::int64_t>>& layers, Address result,
+                 const std::array<std::int64_t, 4>& strides, std::int64_t batch, std::int64_t height, std::int64_t width, int x_type,
+                 int weight_type, int compute, float slope, int threads) {
+  std::vector<DenseBlockPart> part_list;
+  for (const auto& [data, channels, b, c, h, w] : parts) part_list.push_back({in(data), channels, {b, c, h, w}});
+  std::vector<DenseBlockLayer> layer_list;
+  for (const auto& [weight, bias, outs] : layers) layer_list.push_back({in(weight), in(bias), outs});
+  const DenseBlock args{part_list.data(),
+                        layer_list.data(),
+                        static_cast<std::int64_t>(part_list.size()),
+                        static_cast<std::int64_t>(layer_list.size()),
+                        out(result),
+                        {strides[0], strides[1], strides[2], strides[3]},
+                        batch,
+                        height,
+                        width,
+                        static_cast<DType>(x_type),
+                        static_cast<DType>(weight_type),
+                        static_cast<DType>(compute),
+                        slope};
+  const std::int64_t bytes = PYFACE_CALL(dense_block_scratch, args, threads);
+  WorkBuffer work = WorkBuffer::take(bytes);
+  if (!work.data) {
+    py::set_error(PyExc_MemoryError, ("dense_block: no memory for a work buffer of " + std::to_string(bytes) + " bytes").c_str());
+    throw py::error_already_set();
+  }
+  PYFACE_CALL(dense_block, args, work.data.get(), threads);
+  WorkBuffer::give_back(std::move(work));
+}
+
 void set_isa(const std::string& name) {
   for (int i = 0; i <= static_cast<int>(cpu::best_isa()); ++i)
     if (name == kIsaNames[i]) {
@@ -88,6 +154,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("coupling_forward", &coupling_forward);
   m.def("coupling_backward", &coupling_backward);
   m.def("haar", &haar);
+  m.def("dense_block", &dense_block);
   m.def("isa", [] { return kIsaNames[static_cast<int>(current_isa)]; }, "The instruction set in use");
   m.def("isas", &isas, "Every instruction set this machine can run, best last");
   m.def("set_isa", &set_isa, "Use another instruction set than the best one");

@@ -1,5 +1,5 @@
-// pyface._cuda: the CUDA cores by pointer. The op table has checked every argument; an error of the CUDA runtime is a
-// RuntimeError.
+// Python module pyface._cuda: pointers in, nothing else. The op table (pyface/ops) has checked every argument; an error
+// of the CUDA runtime becomes a RuntimeError.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
 

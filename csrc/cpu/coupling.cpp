@@ -255,23 +255,6 @@ PYFACE_INLINE Quad<V> to_image(Quad<V> q) {
   return {(s0 - d0) / 2, (s0 + d0) / 2, (s1 - d1) / 2, (s1 + d1) / 2};
 }
 
-// Even and odd columns of 2W neighbouring elements, and back.
-template <class V>
-PYFACE_INLINE void deinterleave(V low, V high, V& even, V& odd) {
-  typename Lanes<V>::mask e, o;
-  for (int i = 0; i < Lanes<V>::count; ++i) e[i] = 2 * i, o[i] = 2 * i + 1;
-  even = __builtin_shuffle(low, high, e);
-  odd = __builtin_shuffle(low, high, o);
-}
-template <class V>
-PYFACE_INLINE void interleave(V even, V odd, V& low, V& high) {
-  constexpr int W = Lanes<V>::count;
-  typename Lanes<V>::mask l, h;
-  for (int i = 0; i < W; ++i) l[i] = i / 2 + (i % 2) * W, h[i] = W / 2 + i / 2 + (i % 2) * W;
-  low = __builtin_shuffle(even, odd, l);
-  high = __builtin_shuffle(even, odd, h);
-}
-
 template <class T>
 PYFACE_INLINE void load_pairs(const T* p, typename Storage<T>::vector& even, typename Storage<T>::vector& odd) {
   deinterleave(load(p), load(p + Lanes<typename Storage<T>::vector>::count), even, odd);

@@ -33,6 +33,8 @@ constexpr std::int64_t kSerialProducts = 200000;  // below this a team costs mor
 
 // ---- arithmetic of one element type -----------------------------------------------------------------------------------------
 
+PYFACE_INLINE f32v rounded(f32v v) { return (f32v)(round_to_bf16(v) << 16); }  // to bf16, kept as float
+
 template <class T>
 struct Arithmetic;
 
@@ -42,20 +44,27 @@ struct Arithmetic<float> {
   typedef f32v operand;
   PYFACE_INLINE operand broadcast(const float* p) { return *p - operand{}; }
   PYFACE_INLINE f32v multiply_add(operand x, operand w, f32v sum) { return sum + x * w; }
+  PYFACE_INLINE operand join(const f32v v[pair]) { return v[0]; }
+  PYFACE_INLINE void store_features(float* p, f32v v) { store(p, v); }
 };
 
 #if defined(__AVX512BF16__)
 template <>
 struct Arithmetic<bf16> {
   static constexpr int pair = 2;
-  typedef i32v operand;
+  typedef u32v operand;
   PYFACE_INLINE operand broadcast(const bf16* p) {
-    std::int32_t both;
+    std::uint32_t both;
     std::memcpy(&both, p, sizeof both);
     return both - operand{};
   }
   PYFACE_INLINE f32v multiply_add(operand x, operand w, f32v sum) {
     return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
+  }
+  PYFACE_INLINE operand join(const f32v v[pair]) { return round_to_bf16(v[0]) | (round_to_bf16(v[1]) << 16); }
+  PYFACE_INLINE void store_features(bf16* p, f32v v) {
+    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
+    std::memcpy(p, &h, sizeof h);
   }
 };
 #endif
@@ -66,21 +75,6 @@ PYFACE_INLINE float widen(bf16 v) {
   float wide;
   std::memcpy(&wide, &bits, sizeof wide);
   return wide;
-}
-PYFACE_INLINE float nearest_bf16(float v) {  // as round_to_bf16
-  std::uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  bits = v == v ? bits + 0x7fffu + ((bits >> 16) & 1u) : bits | 0x400000u;
-  bits &= 0xffff0000u;
-  std::memcpy(&v, &bits, sizeof v);
-  return v;
-}
-PYFACE_INLINE void narrow(float v, float* p) { *p = v; }
-PYFACE_INLINE void narrow(float v, bf16* p) {
-  v = nearest_bf16(v);
-  std::uint32_t bits;
-  std::memcpy(&bits, &v, sizeof bits);
-  p->bits = (std::uint16_t)(bits >> 16);
 }
 
 // ---- the plan: sizes, and where in the scratch buffer everything lies -------------------------------------------------------
@@ -97,7 +91,7 @@ struct Layer {
   // Few outputs leave lanes idle (12 of 16). Then the nine taps go onto the lanes too: one product per input pixel with 9 outs
   // columns [kx][ky][out], whose shifted sum is the convolution.
   bool spread;
-  T* weights;   // [group of kVectors vectors][ky][step][kx][vector][lane][pair]; spread: no ky, kx
+  T* weights;   // [group of kVectors vectors][ky][block][kx][step][vector][lane][pair]; spread: no ky, kx
   float* bias;  // [vectors][lane]
 };
 
@@ -184,31 +178,35 @@ Plan<T> make_plan(const DenseBlock& a, void* scratch, int threads) {
 
 // ---- weights ----------------------------------------------------------------------------------------------------------------
 
-// Packs the weights for one step (`channel` and, in a pair, the next one) of a layer: all taps, all outputs.
+// Packs the weights for one block of a layer's inputs, of which `step` is the first step: all taps, all outputs.
 template <class T, class W>
-void pack_step(const Layer<T>& layer, const W* weight, std::int64_t channel, std::int64_t count, std::int64_t step) {
-  constexpr std::int64_t pair = Arithmetic<T>::pair;
-  for (std::int64_t v0 = 0; v0 < layer.vectors; v0 += kVectors) {
-    const std::int64_t group = layer.vectors - v0 < kVectors ? layer.vectors - v0 : kVectors, lanes = group * kLanes;
-    T* const to = layer.weights + v0 * kLanes * pair * layer.steps * (layer.spread ? 1 : 9);
-    for (std::int64_t lane = 0; lane < lanes; ++lane) {
-      const std::int64_t column = v0 * kLanes + lane;
-      if (layer.spread) {
-        const std::int64_t tap = column / layer.outs, kx = tap / 3, ky = tap % 3, out = column % layer.outs;
-        for (std::int64_t j = 0; j < pair; ++j)
-          narrow(tap < 9 && j < count ? widen(weight[(out * layer.ins + channel + j) * 9 + ky * 3 + kx]) : 0.0f,
-                 to + (step * lanes + lane) * pair + j);
-      } else {
-        for (std::int64_t j = 0; j < pair; ++j) {
-          const bool real = column < layer.outs && j < count;
-          const W* const from = weight + (column * layer.ins + channel + j) * 9;
-          for (std::int64_t ky = 0; ky < 3; ++ky)
-            for (std::int64_t kx = 0; kx < 3; ++kx)
-              narrow(real ? widen(from[ky * 3 + kx]) : 0.0f,
-                     to + (((ky * layer.steps + step) * 3 + kx) * lanes + lane) * pair + j);
-        }
-      }
+void pack_block(const Layer<T>& layer, const W* weight, Block block, std::int64_t first_step, bool round) {
+  typedef Arithmetic<T> A;
+  const std::int64_t taps = layer.spread ? 1 : 3, steps = ceil_div(block.count, A::pair);
+  for (std::int64_t v = 0; v < layer.vectors; ++v) {
+    const W* from[kLanes];  // the weights of one lane, [channel][9]
+    int lanes = 0;
+    for (; lanes < kLanes; ++lanes) {
+      const std::int64_t column = v * kLanes + lanes, out = column % layer.outs, tap = column / layer.outs;
+      if (tap >= (layer.spread ? 9 : 1)) break;
+      from[lanes] = weight + (out * layer.ins + block.first) * 9 + tap % 3 * 3 + tap / 3;
     }
+    const std::int64_t group = v / kVectors * kVectors, vectors = layer.vectors - group < kVectors ? layer.vectors - group : kVectors;
+    T* const to = layer.weights + group * kLanes * A::pair * layer.steps * taps * taps;
+    for (std::int64_t c = 0; c < block.count; c += A::pair)
+      for (std::int64_t ky = 0; ky < taps; ++ky)
+        for (std::int64_t kx = 0; kx < taps; ++kx) {
+          f32v values[A::pair];
+          for (std::int64_t j = 0; j < A::pair; ++j) {
+            float row[kLanes] = {};
+            if (c + j < block.count)
+              for (int lane = 0; lane < lanes; ++lane) row[lane] = widen(from[lane][(c + j) * 9 + ky * 3 + kx]);
+            values[j] = round ? rounded(load(row)) : load(row);
+          }
+          const typename A::operand joined = A::join(values);
+          const std::int64_t step = (ky * layer.steps + first_step) * taps + kx * steps + c / A::pair;
+          std::memcpy(to + (step * vectors + v - group) * kLanes * A::pair, &joined, sizeof joined);
+        }
   }
 }
 
@@ -227,9 +225,8 @@ void pack(const DenseBlock& a, const Plan<T>& plan, int threads) {
       const Layer<T>& layer = plan.layers[k];
       for (std::int64_t b = 0, step = 0; b < layer.blocks; ++b) {
         const Block block = plan.blocks[b];
-        const bool mine = begin <= start + b && start + b < end;
-        for (std::int64_t c = 0; c < block.count; c += pair, ++step)
-          if (mine) pack_step(layer, (const W*)a.layers[k].weight, block.first + c, block.count - c, step);
+        if (begin <= start + b && start + b < end) pack_block(layer, (const W*)a.layers[k].weight, block, step, a.compute == DType::bf16);
+        step += ceil_div(block.count, pair);
       }
     }
   });
@@ -237,124 +234,171 @@ void pack(const DenseBlock& a, const Plan<T>& plan, int threads) {
 
 // ---- the register tile ------------------------------------------------------------------------------------------------------
 
-// Where the sums of a tile go: features (activated, of type T) or plain floats.
-struct Sink {
-  void* at[kVectors];  // first pixel, for each vector
-  std::int64_t stride;  // between pixels
-  bool feature, round;  // round: features are bf16 numbers held as float
-  float slope;
-};
-
-// `count` pixels from `in` (for Taps = 3: from the pixel above and left of the first one) and all their input channels.
+// The sums of P pixels and V vectors of outputs, over all input channels, to `to`, [pixel][stride]. `in` is the first pixel, for
+// Taps = 3 the one above and left of it.
 template <class T, int Taps, int V, int P>
-__attribute__((noinline)) void tile(const Plan<T>& plan, const Layer<T>& layer, const T* in, const T* w, const float* bias,
-                                    const Sink& sink) {
+__attribute__((noinline)) void tile(const Plan<T>* plan, const Layer<T>* layer, const T* in, const T* w, const float* bias,
+                                    float* to, std::int64_t stride) {
   typedef Arithmetic<T> A;
-  f32v sums[P][V];
+  // In float a sum of up to a thousand products gathers more rounding errors than oneDNN's: one sum per kernel row does not.
+  constexpr int kParts = A::pair == 1 ? Taps : 1;
+  for (int part = 0; part < kParts; ++part) {
+    f32v sums[P][V];
 #pragma GCC unroll 14
-  for (int p = 0; p < P; ++p)
+    for (int p = 0; p < P; ++p)
 #pragma GCC unroll 2
-    for (int v = 0; v < V; ++v) sums[p][v] = Taps == 3 ? load(bias + v * kLanes) : f32v{};
-  for (int ky = 0; ky < Taps; ++ky, in += plan.row) {
-    const T* block = in;
-    for (std::int64_t b = 0; b < layer.blocks; ++b, block += plan.pitch) {
-      const T* x = block;
-      for (std::int64_t c = 0; c < plan.blocks[b].count; c += A::pair, x += A::pair) {
-#pragma GCC unroll 3
+      for (int v = 0; v < V; ++v) sums[p][v] = f32v{};
+    for (int ky = 0; ky < Taps / kParts; ++ky, in += plan->row) {
+      const T* block = in;
+      for (std::int64_t b = 0; b < layer->blocks; ++b, block += plan->pitch) {
         for (int kx = 0; kx < Taps; ++kx) {
-          typename A::operand weights[V];
+          const T* x = block + kx * kBlock;
+          for (const T* const end = x + plan->blocks[b].count; x < end; x += A::pair) {
+            typename A::operand weights[V];
 #pragma GCC unroll 2
-          for (int v = 0; v < V; ++v, w += kLanes * A::pair) std::memcpy(&weights[v], w, sizeof weights[v]);
+            for (int v = 0; v < V; ++v, w += kLanes * A::pair) std::memcpy(&weights[v], w, sizeof weights[v]);
 #pragma GCC unroll 14
-          for (int p = 0; p < P; ++p) {
-            const typename A::operand pixel = A::broadcast(x + (p + kx) * kBlock);
+            for (int p = 0; p < P; ++p) {
+              const typename A::operand pixel = A::broadcast(x + p * kBlock);
 #pragma GCC unroll 2
-            for (int v = 0; v < V; ++v) sums[p][v] = A::multiply_add(pixel, weights[v], sums[p][v]);
+              for (int v = 0; v < V; ++v) sums[p][v] = A::multiply_add(pixel, weights[v], sums[p][v]);
+            }
           }
         }
       }
     }
-  }
-#pragma GCC unroll 2
-  for (int v = 0; v < V; ++v) {
 #pragma GCC unroll 14
-    for (int p = 0; p < P; ++p) {
-      f32v sum = sums[p][v];
-      if (!sink.feature) {
-        store((float*)sink.at[v] + p * sink.stride, sum);
-        continue;
+    for (int p = 0; p < P; ++p)
+#pragma GCC unroll 2
+      for (int v = 0; v < V; ++v) {
+        float* const at = to + p * stride + v * kLanes;
+        store(at, sums[p][v] + (part > 0 ? load(at) : Taps == 3 ? load(bias + v * kLanes) : f32v{}));
       }
-      sum = sum > 0.0f ? sum : sum * sink.slope;
-      if (sink.round) sum = (f32v)(round_to_bf16(sum) << 16);
-      store((T*)sink.at[v] + p * sink.stride, sum);
-    }
   }
 }
 
 template <class T, int Taps, int V, int P, class... Args>
-PYFACE_INLINE void tile_of(int pixels, Args&... args) {
+PYFACE_INLINE void tile_of(int pixels, Args... args) {
   if (pixels == P)
     tile<T, Taps, V, P>(args...);
   else if constexpr (P > 1)
     tile_of<T, Taps, V, P - 1>(pixels, args...);
 }
 
-// One row of one layer. `in` is its first input pixel as for `tile`; `sink(vector, pixel)` tells where a tile goes.
-template <class T, int Taps, class MakeSink>
-void convolve_row(const Plan<T>& plan, const Layer<T>& layer, std::int64_t width, const T* in, MakeSink make_sink) {
-  const std::int64_t tiles = ceil_div(width, kTile);  // of nearly equal size: a width costs what it holds
-  for (std::int64_t v = 0; v < layer.vectors; v += kVectors) {
-    const T* const w = layer.weights + v * kLanes * Arithmetic<T>::pair * layer.steps * Taps * Taps;
-    const float* const bias = layer.bias + v * kLanes;
-    for (std::int64_t i = 0; i < tiles; ++i) {
-      const std::int64_t x = width * i / tiles, pixels = width * (i + 1) / tiles - x;
-      const T* const from = in + x * kBlock;
-      const Sink sink = make_sink(v, x);
-      if (layer.vectors - v >= kVectors)
-        tile_of<T, Taps, kVectors, kTile>((int)pixels, plan, layer, from, w, bias, sink);
-      else
-        tile_of<T, Taps, 1, kTile>((int)pixels, plan, layer, from, w, bias, sink);
+// Sums of `pixels` pixels, [pixel][kVectors vectors], activated and rounded to features.
+template <class T>
+__attribute__((noinline)) void activate(const float* sums, int pixels, int vectors, float slope, bool round, T* const to[kVectors]) {
+  for (int v = 0; v < vectors; ++v)
+    for (int p = 0; p < pixels; ++p) {
+      f32v sum = load(sums + (p * kVectors + v) * kLanes);
+      sum = sum > 0.0f ? sum : sum * slope;
+      Arithmetic<T>::store_features(to[v] + p * kBlock, round ? rounded(sum) : sum);
     }
-  }
+}
+
+// Calls `each(vector, vectors, pixel, pixels)` for the tiles of a row. Their sizes are nearly equal: a width costs what it holds.
+template <class T, class Each>
+PYFACE_INLINE void for_each_tile(const Layer<T>& layer, std::int64_t width, Each each) {
+  const std::int64_t tiles = ceil_div(width, kTile);
+  for (std::int64_t v = 0; v < layer.vectors; v += kVectors)  // outermost: the weights stay in the cache
+    for (std::int64_t i = 0; i < tiles; ++i) {
+      const std::int64_t x = width * i / tiles;
+      each(v, (int)(layer.vectors - v < kVectors ? layer.vectors - v : kVectors), x, (int)(width * (i + 1) / tiles - x));
+    }
+}
+
+template <class T, int Taps>
+void run_tile(const Plan<T>& plan, const Layer<T>& layer, const T* in, std::int64_t v, int vectors, int pixels, float* to,
+              std::int64_t stride) {
+  const T* const w = layer.weights + v * kLanes * Arithmetic<T>::pair * layer.steps * Taps * Taps;
+  const float* const bias = layer.bias + v * kLanes;
+  if (vectors == kVectors)
+    tile_of<T, Taps, kVectors, kTile>(pixels, &plan, &layer, in, w, bias, to, stride);
+  else
+    tile_of<T, Taps, 1, kTile>(pixels, &plan, &layer, in, w, bias, to, stride);
 }
 
 // ---- rows -------------------------------------------------------------------------------------------------------------------
 
-// A row of x into the buffer, and zeros beside the row and in what is left of the last pair.
+// kLanes rows of as many elements become columns.
+PYFACE_INLINE void transpose(f32v v[kLanes]) {
+  for (int n = 1; n < kLanes; n *= 2) {
+    f32v w[kLanes];
+    for (int i = 0; i < kLanes / 2; ++i) interleave(v[i], v[i + kLanes / 2], w[2 * i], w[2 * i + 1]);
+    for (int i = 0; i < kLanes; ++i) v[i] = w[i];
+  }
+}
+
+// The first `count` elements from p on, `stride` apart; zero beyond.
+template <class X>
+PYFACE_INLINE f32v load_some(const X* p, std::int64_t stride, std::int64_t count) {
+  if (stride == 1 && count >= kLanes) return load(p);
+  float row[kLanes] = {};
+  for (std::int64_t i = 0; i < count && i < kLanes; ++i) row[i] = widen(p[i * stride]);
+  return load(row);
+}
+template <class X>
+PYFACE_INLINE void store_some(X* p, std::int64_t stride, std::int64_t count, f32v v) {
+  if (stride == 1 && count >= kLanes) return store(p, v);
+  X row[kLanes];
+  store(row, v);
+  for (std::int64_t i = 0; i < count && i < kLanes; ++i) p[i * stride] = row[i];
+}
+
+// A row of x into the buffer, and zeros beside it. Pad channels become zero: the last pair may read one.
 template <class X, class T>
 void take_row(const DenseBlock& a, const Plan<T>& plan, std::int64_t image, std::int64_t y, T* row) {
   for (std::int64_t b = 0; b < plan.block_count; ++b) {
     std::memset((void*)(row + b * plan.pitch), 0, kBlock * sizeof(T));
     std::memset((void*)(row + (b + 1) * plan.pitch - kBlock), 0, kBlock * sizeof(T));
   }
-  std::int64_t channel = 0;
-  auto place = [&](std::int64_t c) { return row + c / kBlock * plan.pitch + kBlock + c % kBlock; };
-  for (std::int64_t i = 0; i < a.part_count; ++i) {
-    const DenseBlockPart& part = a.parts[i];
-    const X* const from = (const X*)part.data + image * part.strides[0] + y * part.strides[2];
-    for (std::int64_t c = 0; c < part.channels; ++c, ++channel) {
-      T* const to = place(channel);
-      const X* const plane = from + c * part.strides[1];
-      for (std::int64_t x = 0; x < a.width; ++x) {
-        const float value = widen(plane[x * part.strides[3]]);
-        narrow(a.compute == DType::bf16 ? nearest_bf16(value) : value, to + x * kBlock);
+  std::int64_t part = 0, channel = 0;  // of the part
+  for (std::int64_t c = 0; part < a.part_count; c += kLanes) {
+    const X* planes[kLanes] = {};
+    std::int64_t strides[kLanes] = {};
+    for (int i = 0; i < kLanes && part < a.part_count; ++i) {
+      const DenseBlockPart& from = a.parts[part];
+      planes[i] = (const X*)from.data + image * from.strides[0] + channel * from.strides[1] + y * from.strides[2];
+      strides[i] = from.strides[3];
+      if (++channel == from.channels) ++part, channel = 0;
+    }
+    T* const to = row + c / kBlock * plan.pitch + kBlock + c % kBlock;
+    for (std::int64_t x = 0; x < a.width; x += kLanes) {
+      const std::int64_t pixels = a.width - x < kLanes ? a.width - x : kLanes;
+      f32v v[kLanes];
+      for (int i = 0; i < kLanes; ++i) {
+        v[i] = planes[i] ? load_some(planes[i] + x * strides[i], strides[i], pixels) : f32v{};
+        if (a.compute == DType::bf16) v[i] = rounded(v[i]);
       }
+      transpose(v);
+      for (std::int64_t i = 0; i < pixels; ++i) Arithmetic<T>::store_features(to + (x + i) * kBlock, v[i]);
     }
   }
-  for (; channel % Arithmetic<T>::pair; ++channel)
-    for (std::int64_t x = 0; x < a.width; ++x) narrow(0.0f, place(channel) + x * kBlock);
 }
 
 // A finished row, [pixel][stride] floats, into the result.
 template <class X>
 void give(const DenseBlock& a, const float* row, std::int64_t stride, std::int64_t outs, std::int64_t image, std::int64_t y) {
   X* const to = (X*)a.out + image * a.out_strides[0] + y * a.out_strides[2];
-  if (a.out_strides[1] == 1) {
-    for (std::int64_t x = 0; x < a.width; ++x)
-      for (std::int64_t c = 0; c < outs; ++c) narrow(row[x * stride + c], to + x * a.out_strides[3] + c);
-  } else {
-    for (std::int64_t c = 0; c < outs; ++c)
-      for (std::int64_t x = 0; x < a.width; ++x) narrow(row[x * stride + c], to + c * a.out_strides[1] + x * a.out_strides[3]);
+  const std::int64_t next_out = a.out_strides[1], next_pixel = a.out_strides[3];
+  for (std::int64_t x = 0; x < a.width; x += kLanes) {
+    const std::int64_t pixels = a.width - x < kLanes ? a.width - x : kLanes;
+    if (next_out == 1) {
+      for (std::int64_t i = x; i < x + pixels; ++i)
+        for (std::int64_t out = 0; out < outs; out += kLanes) {
+          // A whole vector may reach into the pixels behind, which are written after it, but not behind the row.
+          const bool whole = outs - out >= kLanes || (next_pixel == outs && i * outs + out + kLanes <= a.width * outs);
+          store_some(to + i * next_pixel + out, 1, whole ? kLanes : outs - out, load(row + i * stride + out));
+        }
+      continue;
+    }
+    for (std::int64_t out = 0; out < outs; out += kLanes) {
+      f32v v[kLanes];
+      for (int i = 0; i < kLanes; ++i) v[i] = i < pixels ? load(row + (x + i) * stride + out) : f32v{};
+      transpose(v);
+      for (std::int64_t i = 0; i < kLanes && i < outs - out; ++i)
+        store_some(to + (out + i) * next_out + x * next_pixel, next_pixel, pixels, v[i]);
+    }
   }
 }
 
@@ -369,8 +413,8 @@ PYFACE_INLINE void sum_columns(const Layer<T>& layer, std::int64_t width, const 
 
 // The sums over ky, with the bias: [pixel][stride].
 template <class T>
-PYFACE_INLINE void sum_rows(const Layer<T>& layer, std::int64_t width, const float* const sums[3], float* row) {
-  const std::int64_t stride = layer.vectors * kLanes, outs = layer.outs;
+PYFACE_INLINE void sum_rows(const Layer<T>& layer, std::int64_t width, const float* const sums[3], float* row, std::int64_t stride) {
+  const std::int64_t outs = layer.outs;
   for (std::int64_t x = 0; x < width; ++x)
     for (std::int64_t j = 0; j < outs; j += kLanes) {
       const std::int64_t at = x * 3 * outs + j;
@@ -416,44 +460,44 @@ void run(const DenseBlock& a, void* scratch, int threads) {
     for (std::int64_t k = 0; k + 1 < a.layer_count; ++k) {
       const Layer<T>& layer = plan.layers[k];
       for_each_row([&](std::int64_t, std::int64_t, std::int64_t, T* row, float*) {
-        convolve_row<T, 3>(plan, layer, a.width, row - plan.row, [&](std::int64_t v, std::int64_t x) {
-          Sink sink{{}, kBlock, true, a.compute == DType::bf16, a.slope};
+        for_each_tile(layer, a.width, [&](std::int64_t v, int vectors, std::int64_t x, int pixels) {
+          alignas(64) float sums[kTile * kVectors * kLanes];
+          run_tile<T, 3>(plan, layer, row - plan.row + x * kBlock, v, vectors, pixels, sums, kVectors * kLanes);
+          T* to[kVectors];
           for (int i = 0; i < kVectors; ++i) {
             const std::int64_t out = (v + i) * kLanes;
-            sink.at[i] = row + (layer.blocks + out / kBlock) * plan.pitch + (x + 1) * kBlock + out % kBlock;
+            to[i] = row + (layer.blocks + out / kBlock) * plan.pitch + (x + 1) * kBlock + out % kBlock;
           }
-          return sink;
+          activate(sums, pixels, vectors, a.slope, a.compute == DType::bf16, to);
         });
       });
     }
-    const std::int64_t stride = last.vectors * kLanes;
-    auto plain = [stride](float* to) {
-      return [to, stride](std::int64_t v, std::int64_t x) {
-        float* const at = to + x * stride + v * kLanes;
-        return Sink{{at, at + kLanes}, stride, false, false, 0.0f};
-      };
-    };
+    const std::int64_t stride = last.vectors * kLanes, out_stride = round_up(last.outs, kLanes);
     auto give_row = [&](std::int64_t image, std::int64_t y, const float* row) {
-      bf16_x ? give<bf16>(a, row, stride, last.outs, start + image, y) : give<float>(a, row, stride, last.outs, start + image, y);
+      bf16_x ? give<bf16>(a, row, out_stride, last.outs, start + image, y) : give<float>(a, row, out_stride, last.outs, start + image, y);
     };
     if (!last.spread) {
       for_each_row([&](std::int64_t image, std::int64_t y, std::int64_t, T* row, float* outs) {
-        convolve_row<T, 3>(plan, last, a.width, row - plan.row, plain(outs));
+        for_each_tile(last, a.width, [&](std::int64_t v, int vectors, std::int64_t x, int pixels) {
+          run_tile<T, 3>(plan, last, row - plan.row + x * kBlock, v, vectors, pixels, outs + x * stride + v * kLanes, stride);
+        });
         give_row(image, y, outs);
       });
       continue;
     }
-    for_each_row([&](std::int64_t, std::int64_t, std::int64_t r, T* row, float* outs) {
-      std::memset(outs, 0, stride * sizeof(float));
-      std::memset(outs + (a.width + 1) * stride, 0, stride * sizeof(float));
-      convolve_row<T, 1>(plan, last, a.width, row + kBlock, plain(outs + stride));
-      sum_columns(last, a.width, outs, plan.sums + (r + 1) * plan.sums_row);
+    for_each_row([&](std::int64_t, std::int64_t, std::int64_t r, T* row, float* products) {
+      std::memset(products, 0, stride * sizeof(float));
+      std::memset(products + (a.width + 1) * stride, 0, stride * sizeof(float));
+      for_each_tile(last, a.width, [&](std::int64_t v, int vectors, std::int64_t x, int pixels) {
+        run_tile<T, 1>(plan, last, row + (x + 1) * kBlock, v, vectors, pixels, products + (x + 1) * stride + v * kLanes, stride);
+      });
+      sum_columns(last, a.width, products, plan.sums + (r + 1) * plan.sums_row);
     });
     for_each_row([&](std::int64_t image, std::int64_t y, std::int64_t r, T*, float* outs) {
       const float* const here = plan.sums + (r + 1) * plan.sums_row;
       const float* const sums[3] = {y > 0 ? here - plan.sums_row : plan.sums, here,
                                     y + 1 < a.height ? here + plan.sums_row : plan.sums};
-      sum_rows(last, a.width, sums, outs);
+      sum_rows(last, a.width, sums, outs, out_stride);
       give_row(image, y, outs);
     });
   }

@@ -147,6 +147,23 @@ PYFACE_INLINE f64v copy_sign(f64v magnitude, f64v sign) {
   return (f64v)(((i64v)magnitude & 0x7fffffffffffffffLL) | ((i64v)sign & (std::int64_t)0x8000000000000000ULL));
 }
 
+// Even and odd ones of 2W neighbouring elements, and back.
+template <class V>
+PYFACE_INLINE void deinterleave(V low, V high, V& even, V& odd) {
+  typename Lanes<V>::mask e, o;
+  for (int i = 0; i < Lanes<V>::count; ++i) e[i] = 2 * i, o[i] = 2 * i + 1;
+  even = __builtin_shuffle(low, high, e);
+  odd = __builtin_shuffle(low, high, o);
+}
+template <class V>
+PYFACE_INLINE void interleave(V even, V odd, V& low, V& high) {
+  constexpr int W = Lanes<V>::count;
+  typename Lanes<V>::mask l, h;
+  for (int i = 0; i < W; ++i) l[i] = i / 2 + (i % 2) * W, h[i] = W / 2 + i / 2 + (i % 2) * W;
+  low = __builtin_shuffle(even, odd, l);
+  high = __builtin_shuffle(even, odd, h);
+}
+
 // Sum of all lanes, in double and in lane order.
 template <class V>
 PYFACE_INLINE double sum_lanes(V v) {

@@ -195,8 +195,8 @@ __global__ void __launch_bounds__(kThreads) backward_kernel(CouplingBackward cal
   }
 }
 
-// A thread takes kPack neighbours of one sub-band row, that is 2 kPack pixels of two image rows. With all planes stacked,
-// sub-band row `line` comes from the image rows 2 line and 2 line + 1.
+// A thread takes kPack neighbours of one sub-band row, that is 2 kPack pixels of two image rows. With all planes
+// stacked, sub-band row `line` comes from the image rows 2 line and 2 line + 1.
 template <typename T>
 __global__ void __launch_bounds__(kThreads) haar_kernel(Haar call) {
   using R = Real<T>;

@@ -35,8 +35,7 @@ __device__ bool aligned(const T* pointer) {
   return reinterpret_cast<std::uintptr_t>(pointer) % 16 == 0;
 }
 
-// out[0, N) = in[0, N) as the compute type; entries from `count` on do not exist and read as 0. `wide`: `in` is
-// aligned.
+// out[0, N) = in[0, N) as the compute type; entries from `count` on do not exist and read as 0. `wide`: in is aligned.
 template <int N, typename T>
 __device__ void load(const T* in, std::int64_t count, bool wide, Real<T>* out) {
   if (wide && count >= N) {

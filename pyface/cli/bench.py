@@ -19,7 +19,9 @@ NOT_BENCHMARKS = {"__init__", "harness", "peers"}
 
 
 def bench(
-    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="What to measure; without it, what there is.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(metavar="[NAME]", help="What to measure; without it, what there is.")
+    ] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, few rounds: does everything run?")] = False,
     threads: Annotated[
         str | None, typer.Option(help="Numbers of CPU threads, such as 1,2 [default: 1,2 as far as there are cores].")
@@ -27,9 +29,11 @@ def bench(
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     only: Annotated[str, typer.Option(help="Only cases with this in their name, such as 'backward'.")] = "",
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the CSV and the pictures [default: results/local of the benchmarks].")
+        Path | None, typer.Option(help="Folder for the CSV and pictures [default: benchmarks/results/local].")
     ] = None,
-    compare: Annotated[Path | None, typer.Option(metavar="CSV", help="Show the changes against an earlier CSV.")] = None,
+    compare: Annotated[
+        Path | None, typer.Option(metavar="CSV", help="Show the changes against an earlier CSV.")
+    ] = None,
 ) -> None:
     """Measure a core or a method against its peers and its limit.
 
@@ -37,9 +41,7 @@ def bench(
     installed package.
     """
     folder = find_benchmarks()
-    known = {
-        file.stem: _first_line(file) for file in sorted(folder.glob("*.py")) if file.stem not in NOT_BENCHMARKS
-    }
+    known = {file.stem: _first_line(file) for file in sorted(folder.glob("*.py")) if file.stem not in NOT_BENCHMARKS}
     if name is None:
         width = max(map(len, known))
         for stem, line in known.items():
@@ -75,7 +77,7 @@ def find_benchmarks() -> Path:
         # The harness is asked for too: many projects have a folder of this name.
         if (root / "pyface" / "cli" / "bench.py").is_file() and (root / "benchmarks" / "harness.py").is_file():
             return root / "benchmarks"
-    raise UserError("the benchmarks are not part of the installed package; clone pyface's repository and run this inside it")
+    raise UserError("benchmarks are not part of the installed package; clone pyface's repository and run this in it")
 
 
 def _threads(text: str | None, device: str) -> tuple[int, ...]:
@@ -99,7 +101,8 @@ def _load(folder: Path, name: str) -> tuple[ModuleType, ModuleType]:
     spec = importlib.util.spec_from_file_location(
         "benchmarks", folder / "__init__.py", submodule_search_locations=[str(folder)]
     )
-    assert spec is not None and spec.loader is not None
+    assert spec is not None
+    assert spec.loader is not None
     package = importlib.util.module_from_spec(spec)
     sys.modules["benchmarks"] = package
     spec.loader.exec_module(package)

@@ -31,7 +31,18 @@ VARIABLES = {
 }
 SECRET = {"PYFACE_PASSWORD"}  # whether it is set is shown, never its value
 # Processor features that decide how fast convolutions in low precision are.
-FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "asimd", "bf16", "sve")
+FEATURES = (
+    "avx2",
+    "avx512f",
+    "avx512_vnni",
+    "avx512_bf16",
+    "avx512_fp16",
+    "amx_bf16",
+    "amx_int8",
+    "asimd",
+    "bf16",
+    "sve",
+)
 
 
 def info(as_json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False) -> None:
@@ -176,8 +187,8 @@ def _warnings(cpu_reason: str | None, runtimes: list[str], cpu_openmp: bool) -> 
         warnings.append("the CPU kernels were built without OpenMP and run on one thread; install g++ and build again")
     if len(runtimes) > 1:
         warnings.append(
-            f"{len(runtimes)} OpenMP runtimes are loaded ({', '.join(Path(r).name for r in runtimes)}); each keeps threads of "
-            "its own, which costs speed where torch and pyface alternate"
+            f"{len(runtimes)} OpenMP runtimes are loaded ({', '.join(Path(r).name for r in runtimes)}); each keeps "
+            "threads of its own, which costs speed where torch and pyface alternate"
         )
     return warnings
 
@@ -192,7 +203,9 @@ def _show(found: dict[str, Any]) -> None:
     console.width = min(console.width, 100) if console.is_terminal else 100
 
     def section(title: str, rows: list[tuple[str, ...]]) -> None:
-        grid = Table(box=None, show_header=False, padding=(0, 2, 0, 2), title=title, title_justify="left", title_style="bold")
+        grid = Table(
+            box=None, show_header=False, padding=(0, 2, 0, 2), title=title, title_justify="left", title_style="bold"
+        )
         grid.add_column(no_wrap=True, min_width=18)
         for row in rows:
             grid.add_row(*map(escape, row))
@@ -201,18 +214,28 @@ def _show(found: dict[str, Any]) -> None:
 
     machine, versions, build = found["machine"], found["versions"], found["build"]
     isas = ", ".join(name + " (in use)" * (name == machine["isa_in_use"]) for name in machine["isas"])
-    gpus = [f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB" for gpu in machine["gpus"]]
+    gpus = [
+        f"{gpu['name']}, sm_{gpu['capability'].replace('.', '')}, {gpu['memory_gib']} GiB" for gpu in machine["gpus"]
+    ]
     section(
         "Machine",
         [
             ("system", machine["system"]),
-            ("cpu", f"{machine['cpu']}, {machine['cores_allowed']} of {machine['cores']} cores, {machine['threads']} threads"),
+            (
+                "cpu",
+                f"{machine['cpu']}, {machine['cores_allowed']} of {machine['cores']} cores, "
+                f"{machine['threads']} threads",
+            ),
             ("cpu features", " ".join(machine["features"]) or "unknown"),
             ("kernels run on", isas or "no CPU kernels"),
             ("gpu", "; ".join(gpus) or "none that torch can use"),
         ],
     )
-    torch_line = f"{versions['torch']} (CUDA {versions['torch_cuda']})" if versions["torch_cuda"] else f"{versions['torch']} (no CUDA)"
+    torch_line = (
+        f"{versions['torch']} (CUDA {versions['torch_cuda']})"
+        if versions["torch_cuda"]
+        else f"{versions['torch']} (no CUDA)"
+    )
     section(
         "Versions",
         [("pyface", versions["pyface"]), ("python", versions["python"]), ("torch", torch_line),
@@ -226,7 +249,8 @@ def _show(found: dict[str, Any]) -> None:
     )  # fmt: skip
     section(
         "Weights",
-        [(w["file"], f"{w['bytes'] / 1e6:.1f} MB, sha256 {w['sha256'][:16]}") for w in found["weights"]] or [("none", "")],
+        [(w["file"], f"{w['bytes'] / 1e6:.1f} MB, sha256 {w['sha256'][:16]}") for w in found["weights"]]
+        or [("none", "")],
     )
     section(
         "Environment",
@@ -257,7 +281,11 @@ def _build_rows(build: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("source", f"git {build['git']}" if build.get("git") else "not a git checkout"),
             ("python", f"{build['python']}, {build['platform']}")]  # fmt: skip
     if cpu["built"]:
-        rows += [("cpu module", f"built for {', '.join(cpu['isas'])}"), ("compiler", cpu["compiler"]), ("flags", cpu["flags"])]
+        rows += [
+            ("cpu module", f"built for {', '.join(cpu['isas'])}"),
+            ("compiler", cpu["compiler"]),
+            ("flags", cpu["flags"]),
+        ]
     else:
         rows.append(("cpu module", f"not built: {cpu.get('reason', 'no reason recorded')}"))
     if cuda["built"]:

@@ -1,10 +1,11 @@
 """The ops: fused kernels with plain-PyTorch twins, automatic or explicit choice of path, and full torch integration.
 
 Every op takes and returns ordinary tensors, works under autograd, forward mode, vmap, autocast, `torch.compile` and
-`torch.export`, and is registered as `torch.ops.pyface.*`.
+`torch.export`, and is registered as `torch.ops.pyface.*`. `dense_block` is for inference: it has no gradient.
 """
 
 from pyface.ops._paths import PATHS, PathError, paths, table
 from pyface.ops.coupling import affine_coupling, haar_dwt2d, haar_idwt2d
+from pyface.ops.dense_block import dense_block
 
-__all__ = ["PATHS", "PathError", "affine_coupling", "haar_dwt2d", "haar_idwt2d", "paths", "table"]
+__all__ = ["PATHS", "PathError", "affine_coupling", "dense_block", "haar_dwt2d", "haar_idwt2d", "paths", "table"]

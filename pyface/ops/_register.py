@@ -30,8 +30,8 @@ def register(
     implementation: Callable,
     fake: Callable,
     *,
-    setup_context: Callable,
-    backward: Callable,
+    setup_context: Callable | None = None,
+    backward: Callable | None = None,
     jvp: Callable | None = None,
     vmap: Callable | None = None,
 ) -> Callable:
@@ -39,13 +39,15 @@ def register(
 
     Args:
         name: the op's name.
-        tensors: how many of the first arguments are tensors (or None); the others never are.
+        tensors: how many of the first arguments are tensors (or None), or lists of tensors for an inference op; the
+            others never are.
         schema: arguments and results in torch's schema language, "(Tensor x, ...) -> (Tensor, Tensor)".
         implementation: checks every argument, picks a path and computes. Results never alias arguments; one that was
             not asked for is None, which the dispatcher shows as an empty tensor of the first argument's dtype.
         fake: the same checks and result shapes without data, with that empty tensor for what was not asked for.
         setup_context: `(ctx, inputs, output)`, saves what backward (and jvp) need.
-        backward: `(ctx, *grads)`, one gradient per argument; must itself be differentiable for second order.
+        backward: `(ctx, *grads)`, one gradient per argument; must itself be differentiable for second order. Without
+            it the op is for inference: its public function refuses tensors that need a gradient.
         jvp: `(ctx, *tangents)` for forward mode, using `ctx.saved_tensors`.
         vmap: `(op, info, in_dims, *args) -> (results, out_dims)`, calling `op` on tensors with the mapped dimension
             folded in.
@@ -54,8 +56,21 @@ def register(
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, lambda *args: _filled(implementation(*args), args[0]), "CompositeExplicitAutograd")
     torch.library.register_fake(qualified, fake, lib=LIBRARY)
-    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     dispatched = getattr(torch.ops.pyface, name).default
+
+    if backward is None:
+
+        def infer(*args):
+            plain = all(type(t) in _plain_types for group in args[:tensors] for t in group)
+            if plain and not (
+                torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _functorch_is_active()
+            ):
+                return implementation(*args)
+            return dispatched(*args)
+
+        return infer
+
+    torch.library.register_autograd(qualified, backward, setup_context=setup_context, lib=LIBRARY)
     if vmap is not None:
         torch.library.register_vmap(qualified, functools.partial(vmap, dispatched), lib=LIBRARY)
 

@@ -1,5 +1,4 @@
-// How a test talks to an emulated core: a file of calls in, a file of filled buffers out (written and read by
-// __init__.py).
+// How a test talks to an emulated core: a file of calls in, a file of filled buffers out. __init__.py is the other end.
 #pragma once
 
 #include <cuda_runtime.h>

@@ -78,6 +78,9 @@ def test_log_det_bits(path):
         assert torch.equal(again, y)
     _, alone = affine_coupling(x[2:3], s[2:3], t[2:3], return_log_det=True)
     _, undone = affine_coupling(y, s, t, inverse=True, return_log_det=True)
+    odd = [torch.empty(v.numel() + 1, dtype=v.dtype, device="cuda")[1:].view(v.shape).copy_(v) for v in (x, s, t)]
+    _, across = affine_coupling(*odd, return_log_det=True)
+    assert torch.equal(across, log_det)
     assert torch.equal(alone, log_det[2:3])
     assert torch.equal(undone, -log_det)
 

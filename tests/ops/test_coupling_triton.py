@@ -34,6 +34,11 @@ def interpreted():
     interpreter.close()
 
 
+@pytest.fixture(scope="module")
+def kernels():
+    return load(KERNELS / "coupling.py")
+
+
 def samples(size, dtype, layout, scale=1.5):
     """Random [2, ...] with `size` elements a sample; `halves`: rows twice as long, as the halves of one tensor have."""
     shape = SHAPES[size]
@@ -89,6 +94,18 @@ def forward(interpreted, x, s, t, *, clamp=2.0, activation="sigmoid", inverse=Fa
     return interpreted("forward", x, s, t, clamp=clamp, activation=activation, inverse=inverse, log_det=True)
 
 
+def test_whether_accesses_are_wide_follows_from_the_sample_size_alone(kernels):
+    """It decides the order of the log-det's sum on a GPU, which the interpreter cannot show."""
+    odd = torch.arange(2 * 2049 + 1.0)[1:].view(2, 2049)
+    for size, wide in [(2048, True), (2047, False)]:
+        for given in (torch.randn(2, size), odd[:, :size], None):
+            aligned, (used,) = kernels._aligned(size, [given])
+            assert aligned == wide
+            if given is not None:
+                assert torch.equal(used, given)
+                assert not wide or (used.data_ptr() % 16 == 0 and used.stride(0) % 16 == 0)
+
+
 @pytest.mark.parametrize("types", [(F32, F32), (F64, F64), (F32, BF16)], ids=["float32", "float64", "mixed"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_inverse_undoes_forward_and_its_log_det_is_the_negative(interpreted, activation, types):
@@ -111,10 +128,13 @@ def test_sample_has_the_same_bits_alone_and_across_the_grain(interpreted):
     alone_y, alone = forward(interpreted, *(v[1:2].clone() for v in (x, s, t)))
     assert torch.equal(alone, log_det[1:2])
     assert torch.equal(alone_y[0], y[1])
-    odd = [torch.cat([torch.zeros(1), v.flatten()])[1:].view(3, 2048) for v in (x, s, t)]  # four bytes off
-    odd_y, odd_log_det = forward(interpreted, *odd)
-    assert torch.equal(odd_log_det[:2], log_det[:2])
-    assert torch.equal(odd_y[:2], y[:2])
+    rows = [torch.zeros(3 * 2049 + 1)[1:].view(3, 2049)[:, :2048].copy_(v) for v in (x, s, t)]  # none on 16 bytes
+    channels_last = [v.unflatten(1, (16, 16, 8)).permute(0, 3, 1, 2) for v in rows]
+    for across in (rows, channels_last):
+        odd_y, odd_log_det = forward(interpreted, *across)
+        odd_y = odd_y.permute(0, 2, 3, 1).flatten(1) if odd_y.dim() == 4 else odd_y
+        assert torch.equal(odd_log_det[:2], log_det[:2])
+        assert torch.equal(odd_y[:2], y[:2])
 
 
 @pytest.mark.parametrize("types", [(F32, F32), (F64, F64)], ids=["float32", "float64"])
@@ -186,16 +206,11 @@ def test_haar(interpreted, dtype):
 NAMES = {F32: "fp32", F64: "fp64", BF16: "bf16", F16: "fp16"}
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    return load(KERNELS / "coupling.py")
-
-
 def compiled(kernels, kernel, constants, divisible=(), **types):
     """The kernel compiled for sm_90; parameters that are neither in `types` nor constants are 32-bit integers.
 
-    What Triton does by itself at a call is done by hand: arguments in `divisible` are multiples of 16, an integer 1 is a
-    constant.
+    What Triton does by itself at a call is done by hand: arguments in `divisible` are multiples of 16, and an integer 1
+    is a constant.
     """
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
