@@ -20,6 +20,7 @@ How it measures, so that a number can be judged:
   memory (VmHWM, reset through /proc/self/clear_refs) with malloc told to map every block above 64 KB separately, so
   that freed memory leaves at once; it sees everything, also what never passes torch's allocator; resolution about
   0.3 MB; Linux with glibc only. It changes malloc, so it runs after all timing. GPU: torch.cuda.max_memory_allocated.
+  A work buffer that a peer keeps between calls is held before the call, and so is not in the number.
 
 A peer that cannot run is listed with its reason. Targets are printed as met or missed; nothing here asserts a time.
 """

@@ -297,7 +297,7 @@ def _aligned(inner: int, tensors: list[Tensor | None]) -> tuple[bool, list[Tenso
 
 
 def forward(
-    x: Tensor, log_scale: Tensor, shift: Tensor, *, clamp: float, activation: str, inverse: bool, log_det: bool
+    x: Tensor, log_scale: Tensor, shift: Tensor, clamp: float, activation: str, inverse: bool, log_det: bool
 ) -> tuple[Tensor, Tensor | None]:
     """y, and the log-determinants [B] (float64 for float64, else float32; None when not wanted)."""
     batch = x.shape[0]

@@ -284,6 +284,11 @@ def test_flops_count_what_torch_counts():
     assert counter.get_total_flops() == peers.flops([subnet], 2, 8, 6)
 
 
+SAME_RESULT = (
+    "FrEIA", "HiNet", "dense conv2d", "pyface.ops.dense_block fp32", "cat, NCHW fp32", "cat, channels_last fp32"
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("make_cases", [coupling.cases, proface_s.cases], ids=["coupling", "proface_s"])
 def test_results_of_one_case_agree(make_cases):
     """Peers that return the very thing pyface returns must return the same values, gradients too."""
@@ -294,7 +299,7 @@ def test_results_of_one_case_agree(make_cases):
         ours = next(peer for name, peer in built.items() if name.startswith("pyface"))
         with torch.set_grad_enabled(case.grad):
             expected = ours.call()
-            for name in ("FrEIA", "HiNet", "dense conv2d", "cat, NCHW fp32", "cat, channels_last fp32"):
+            for name in SAME_RESULT:
                 if name not in built or case.group in ("coupling block", "op overhead"):
                     continue
                 got = built[name].call()

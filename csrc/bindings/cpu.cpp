@@ -75,8 +75,8 @@ void haar(Address input, Address output, std::int64_t batch, std::int64_t channe
   PYFACE_CALL(haar, args, threads);
 }
 
-// A buffer of the last call, kept for the next one: fresh pages cost up to a third of the time of the work done in them. The
-// spare one is touched with the GIL held only, and a call that runs meanwhile has its own.
+// A buffer of the last call, kept for the next one: fresh pages cost up to a third of the time of the work done in them.
+// The spare one is touched with the GIL held only, and a call that runs meanwhile has its own.
 struct WorkBuffer {
   static constexpr std::int64_t kKept = 256 << 20;  // bytes; a larger one is freed at once
   std::unique_ptr<void, decltype(&std::free)> data{nullptr, &std::free};
@@ -101,10 +101,12 @@ struct WorkBuffer {
 };
 
 // parts: (address, channels, batch stride, channel stride, row stride, column stride); layers: (weight, bias, outputs).
-void dense_block(const std::vector<std::tuple<Address, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t>>& parts,
-                 const std::vector<std::tuple<Address, Address, std::int64_t>>& layers, Address result,
-                 const std::array<std::int64_t, 4>& strides, std::int64_t batch, std::int64_t height, std::int64_t width, int x_type,
-                 int weight_type, int compute, float slope, int threads) {
+typedef std::tuple<Address, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t> PartTuple;
+typedef std::tuple<Address, Address, std::int64_t> LayerTuple;
+
+void dense_block(const std::vector<PartTuple>& parts, const std::vector<LayerTuple>& layers, Address result,
+                 const std::array<std::int64_t, 4>& strides, std::int64_t batch, std::int64_t height,
+                 std::int64_t width, int x_type, int weight_type, int compute, float slope, int threads) {
   std::vector<DenseBlockPart> part_list;
   for (const auto& [data, channels, b, c, h, w] : parts) part_list.push_back({in(data), channels, {b, c, h, w}});
   std::vector<DenseBlockLayer> layer_list;
@@ -125,7 +127,8 @@ void dense_block(const std::vector<std::tuple<Address, std::int64_t, std::int64_
   const std::int64_t bytes = PYFACE_CALL(dense_block_scratch, args, threads);
   WorkBuffer work = WorkBuffer::take(bytes);
   if (!work.data) {
-    py::set_error(PyExc_MemoryError, ("dense_block: no memory for a work buffer of " + std::to_string(bytes) + " bytes").c_str());
+    const std::string what = "dense_block: no memory for a work buffer of " + std::to_string(bytes) + " bytes";
+    py::set_error(PyExc_MemoryError, what.c_str());
     throw py::error_already_set();
   }
   PYFACE_CALL(dense_block, args, work.data.get(), threads);

@@ -1,11 +1,11 @@
 // A dense block of 3x3 convolutions by direct convolution. See pyface/dense_block.h for what is computed.
 //
-// x and all features of an image live in one zero-bordered work buffer, into which every layer writes its own channels: nothing is
-// ever concatenated. A register tile holds some neighbouring pixels times two vectors of outputs; one step of its inner loop takes
-// one channel (a pair of channels in bf16) of every pixel, broadcast, times the weights of all those outputs.
+// x and all features of an image live in one zero-bordered work buffer, into which every layer writes its own channels:
+// nothing is ever concatenated. A register tile holds some neighbouring pixels times two vectors of outputs; one step
+// of its inner loop takes one channel (in bf16 a pair) of every pixel, broadcast, times the weights of those outputs.
 //
-// Every output is summed in the same order wherever its pixel lies in a tile, a row or a batch and however many threads there are:
-// the same input gives the same bits, which invertible networks rely on.
+// Every output is summed in the same order wherever its pixel lies in a tile, a row or a batch and however many threads
+// there are: the same input gives the same bits, which invertible networks rely on.
 
 #include "cpu/dense_block.h"
 
@@ -23,15 +23,15 @@ constexpr int kTile = 14;  // pixels of a tile: 28 sums, 2 weights and a broadca
 constexpr int kTile = 6;  // 16 registers
 #endif
 
-// Channels that lie together in the work buffer, [row][block][pixel][kBlock]: the distance between pixels is then a constant, and
-// the pixels of a tile need one address register. x and each feature begin a block of their own; a step count per block, not
-// padding, says how many channels are really there.
+// Channels that lie together in the work buffer, [row][block][pixel][kBlock]: the distance between pixels is then a
+// constant, and the pixels of a tile need one address register. x and each feature begin a block of their own; a count
+// per block says how many channels are really there, so that padding costs memory and no time.
 constexpr std::int64_t kBlock = 16;
 
 constexpr std::int64_t kImageRows = 128;          // images are taken together until they have this many rows
 constexpr std::int64_t kSerialProducts = 200000;  // below this a team costs more than it saves
 
-// ---- arithmetic of one element type -----------------------------------------------------------------------------------------
+// ---- arithmetic of one element type ---------------------------------------------------------------------------------
 
 PYFACE_INLINE f32v rounded(f32v v) { return (f32v)(round_to_bf16(v) << 16); }  // to bf16, kept as float
 
@@ -77,7 +77,7 @@ PYFACE_INLINE float widen(bf16 v) {
   return wide;
 }
 
-// ---- the plan: sizes, and where in the scratch buffer everything lies -------------------------------------------------------
+// ---- the plan: sizes, and where in the scratch buffer everything lies -----------------------------------------------
 
 struct Block {
   std::int64_t first, count;  // channels
@@ -88,8 +88,8 @@ struct Layer {
   std::int64_t outs, ins;
   std::int64_t blocks, steps;  // of its inputs
   std::int64_t vectors;        // of its outputs, which are `9 outs` columns when the taps are spread
-  // Few outputs leave lanes idle (12 of 16). Then the nine taps go onto the lanes too: one product per input pixel with 9 outs
-  // columns [kx][ky][out], whose shifted sum is the convolution.
+  // Few outputs leave lanes idle (12 of 16 fill three quarters). Then the nine taps go onto the lanes too: one product
+  // per input pixel with 9 outs columns [kx][ky][out], whose shifted sum is the convolution.
   bool spread;
   T* weights;   // [group of kVectors vectors][ky][block][kx][step][vector][lane][pair]; spread: no ky, kx
   float* bias;  // [vectors][lane]
@@ -148,8 +148,8 @@ Plan<T> make_plan(const DenseBlock& a, void* scratch, int threads) {
     first += count;
   };
   append(channels);
+  Layer<T> layer;
   for (std::int64_t k = 0; k < a.layer_count; ++k) {
-    Layer<T> layer;
     layer.outs = a.layers[k].outs, layer.ins = first, layer.blocks = blocks, layer.steps = steps;
     const std::int64_t direct = ceil_div(layer.outs, kLanes), spread = ceil_div(9 * layer.outs, kLanes);
     layer.spread = k + 1 == a.layer_count && 10 * spread <= 9 * (9 * direct);
@@ -157,28 +157,25 @@ Plan<T> make_plan(const DenseBlock& a, void* scratch, int threads) {
     layer.weights = carver.take<T>((layer.spread ? 1 : 9) * steps * layer.vectors * kLanes * pair);
     layer.bias = carver.take<float>(layer.vectors * kLanes);
     if (scratch) plan.layers[k] = layer;
-    if (k + 1 < a.layer_count) {
-      append(layer.outs);
-      continue;
-    }
-    const std::int64_t images = kImageRows / a.height;
-    plan.images = images < 1 ? 1 : images < a.batch ? images : a.batch;
-    plan.shares = threads < plan.images * a.height ? threads : plan.images * a.height;
-    plan.pitch = (a.width + 2) * kBlock;
-    plan.row = plan.block_count * plan.pitch;
-    plan.features = carver.take<T>(plan.images * (a.height + 2) * plan.row);
-    plan.sums_row = a.width * 3 * layer.outs + kLanes;  // vectors are stored whole: room behind the last
-    plan.sums = layer.spread ? carver.take<float>((plan.images * a.height + 1) * plan.sums_row) : nullptr;
-    plan.rows_row = round_up((a.width + 2) * layer.vectors * kLanes + kLanes, 16);
-    plan.rows = carver.take<float>(plan.shares * plan.rows_row);
+    if (k + 1 < a.layer_count) append(layer.outs);
   }
+  const std::int64_t images = kImageRows / a.height;
+  plan.images = images < 1 ? 1 : images < a.batch ? images : a.batch;
+  plan.shares = threads < plan.images * a.height ? threads : plan.images * a.height;
+  plan.pitch = (a.width + 2) * kBlock;
+  plan.row = plan.block_count * plan.pitch;
+  plan.features = carver.take<T>(plan.images * (a.height + 2) * plan.row);
+  plan.sums_row = a.width * 3 * layer.outs + kLanes;  // vectors are stored whole: room behind the last
+  plan.sums = layer.spread ? carver.take<float>((plan.images * a.height + 1) * plan.sums_row) : nullptr;
+  plan.rows_row = round_up((a.width + 2) * layer.vectors * kLanes + kLanes, 16);
+  plan.rows = carver.take<float>(plan.shares * plan.rows_row);
   plan.bytes = carver.used;
   return plan;
 }
 
-// ---- weights ----------------------------------------------------------------------------------------------------------------
+// ---- weights --------------------------------------------------------------------------------------------------------
 
-// Packs the weights for one block of a layer's inputs, of which `step` is the first step: all taps, all outputs.
+// Packs the weights for one block of a layer's inputs, from step `first_step` on: all taps, all outputs.
 template <class T, class W>
 void pack_block(const Layer<T>& layer, const W* weight, Block block, std::int64_t first_step, bool round) {
   typedef Arithmetic<T> A;
@@ -191,7 +188,8 @@ void pack_block(const Layer<T>& layer, const W* weight, Block block, std::int64_
       if (tap >= (layer.spread ? 9 : 1)) break;
       from[lanes] = weight + (out * layer.ins + block.first) * 9 + tap % 3 * 3 + tap / 3;
     }
-    const std::int64_t group = v / kVectors * kVectors, vectors = layer.vectors - group < kVectors ? layer.vectors - group : kVectors;
+    const std::int64_t group = v / kVectors * kVectors;
+    const std::int64_t vectors = layer.vectors - group < kVectors ? layer.vectors - group : kVectors;
     T* const to = layer.weights + group * kLanes * A::pair * layer.steps * taps * taps;
     for (std::int64_t c = 0; c < block.count; c += A::pair)
       for (std::int64_t ky = 0; ky < taps; ++ky)
@@ -225,22 +223,23 @@ void pack(const DenseBlock& a, const Plan<T>& plan, int threads) {
       const Layer<T>& layer = plan.layers[k];
       for (std::int64_t b = 0, step = 0; b < layer.blocks; ++b) {
         const Block block = plan.blocks[b];
-        if (begin <= start + b && start + b < end) pack_block(layer, (const W*)a.layers[k].weight, block, step, a.compute == DType::bf16);
+        if (begin <= start + b && start + b < end)
+          pack_block(layer, (const W*)a.layers[k].weight, block, step, a.compute == DType::bf16);
         step += ceil_div(block.count, pair);
       }
     }
   });
 }
 
-// ---- the register tile ------------------------------------------------------------------------------------------------------
+// ---- the register tile ----------------------------------------------------------------------------------------------
 
-// The sums of P pixels and V vectors of outputs, over all input channels, to `to`, [pixel][stride]. `in` is the first pixel, for
-// Taps = 3 the one above and left of it.
+// The sums of P pixels and V vectors of outputs, over all input channels, to `to`, [pixel][stride]. `in` is the first
+// pixel, for Taps = 3 the one above and left of it.
 template <class T, int Taps, int V, int P>
-__attribute__((noinline)) void tile(const Plan<T>* plan, const Layer<T>* layer, const T* in, const T* w, const float* bias,
-                                    float* to, std::int64_t stride) {
+__attribute__((noinline)) void tile(const Plan<T>* plan, const Layer<T>* layer, const T* in, const T* w,
+                                    const float* bias, float* to, std::int64_t stride) {
   typedef Arithmetic<T> A;
-  // In float a sum of up to a thousand products gathers more rounding errors than oneDNN's: one sum per kernel row does not.
+  // One running sum over all of a thousand products would gather half as much error again as oneDNN's in float.
   constexpr int kParts = A::pair == 1 ? Taps : 1;
   for (int part = 0; part < kParts; ++part) {
     f32v sums[P][V];
@@ -285,40 +284,40 @@ PYFACE_INLINE void tile_of(int pixels, Args... args) {
     tile_of<T, Taps, V, P - 1>(pixels, args...);
 }
 
-// Sums of `pixels` pixels, [pixel][kVectors vectors], activated and rounded to features.
+// One vector of the sums of some pixels, [pixel][kVectors][lane], activated and rounded to features.
 template <class T>
-__attribute__((noinline)) void activate(const float* sums, int pixels, int vectors, float slope, bool round, T* const to[kVectors]) {
-  for (int v = 0; v < vectors; ++v)
-    for (int p = 0; p < pixels; ++p) {
-      f32v sum = load(sums + (p * kVectors + v) * kLanes);
-      sum = sum > 0.0f ? sum : sum * slope;
-      Arithmetic<T>::store_features(to[v] + p * kBlock, round ? rounded(sum) : sum);
-    }
+__attribute__((noinline)) void activate(const float* sums, int pixels, float slope, bool round, T* to) {
+  for (int p = 0; p < pixels; ++p, sums += kVectors * kLanes, to += kBlock) {
+    f32v sum = load(sums);
+    sum = sum > 0.0f ? sum : sum * slope;
+    Arithmetic<T>::store_features(to, round ? rounded(sum) : sum);
+  }
 }
 
-// Calls `each(vector, vectors, pixel, pixels)` for the tiles of a row. Their sizes are nearly equal: a width costs what it holds.
+// Calls `each(vector, pixel, pixels)` for the tiles of a row, of nearly equal sizes: a width costs what it holds.
 template <class T, class Each>
 PYFACE_INLINE void for_each_tile(const Layer<T>& layer, std::int64_t width, Each each) {
   const std::int64_t tiles = ceil_div(width, kTile);
   for (std::int64_t v = 0; v < layer.vectors; v += kVectors)  // outermost: the weights stay in the cache
     for (std::int64_t i = 0; i < tiles; ++i) {
       const std::int64_t x = width * i / tiles;
-      each(v, (int)(layer.vectors - v < kVectors ? layer.vectors - v : kVectors), x, (int)(width * (i + 1) / tiles - x));
+      each(v, x, (int)(width * (i + 1) / tiles - x));
     }
 }
 
+// The tile of vectors v .. v + kVectors, or of the last one alone.
 template <class T, int Taps>
-void run_tile(const Plan<T>& plan, const Layer<T>& layer, const T* in, std::int64_t v, int vectors, int pixels, float* to,
+void run_tile(const Plan<T>& plan, const Layer<T>& layer, const T* in, std::int64_t v, int pixels, float* to,
               std::int64_t stride) {
   const T* const w = layer.weights + v * kLanes * Arithmetic<T>::pair * layer.steps * Taps * Taps;
   const float* const bias = layer.bias + v * kLanes;
-  if (vectors == kVectors)
+  if (layer.vectors - v >= kVectors)
     tile_of<T, Taps, kVectors, kTile>(pixels, &plan, &layer, in, w, bias, to, stride);
   else
     tile_of<T, Taps, 1, kTile>(pixels, &plan, &layer, in, w, bias, to, stride);
 }
 
-// ---- rows -------------------------------------------------------------------------------------------------------------------
+// ---- rows -----------------------------------------------------------------------------------------------------------
 
 // kLanes rows of as many elements become columns.
 PYFACE_INLINE void transpose(f32v v[kLanes]) {
@@ -378,7 +377,8 @@ void take_row(const DenseBlock& a, const Plan<T>& plan, std::int64_t image, std:
 
 // A finished row, [pixel][stride] floats, into the result.
 template <class X>
-void give(const DenseBlock& a, const float* row, std::int64_t stride, std::int64_t outs, std::int64_t image, std::int64_t y) {
+void give_row(const DenseBlock& a, const float* row, std::int64_t stride, std::int64_t outs, std::int64_t image,
+              std::int64_t y) {
   X* const to = (X*)a.out + image * a.out_strides[0] + y * a.out_strides[2];
   const std::int64_t next_out = a.out_strides[1], next_pixel = a.out_strides[3];
   for (std::int64_t x = 0; x < a.width; x += kLanes) {
@@ -402,18 +402,21 @@ void give(const DenseBlock& a, const float* row, std::int64_t stride, std::int64
   }
 }
 
-// The sums over kx of one row: products [pixel][kx][ky][out], with a pixel of zeros on either side, to sums [pixel][ky][out].
+// The sums over kx of one row: products [pixel][kx][ky][out], with a pixel of zeros on either side, to sums
+// [pixel][ky][out].
 template <class T>
 PYFACE_INLINE void sum_columns(const Layer<T>& layer, std::int64_t width, const float* products, float* sums) {
   const std::int64_t stride = layer.vectors * kLanes, n = 3 * layer.outs;
   for (std::int64_t x = 0; x < width; ++x, products += stride)
     for (std::int64_t j = 0; j < n; j += kLanes)
-      store(sums + x * n + j, load(products + j) + load(products + stride + n + j) + load(products + 2 * stride + 2 * n + j));
+      store(sums + x * n + j,
+            load(products + j) + load(products + stride + n + j) + load(products + 2 * (stride + n) + j));
 }
 
 // The sums over ky, with the bias: [pixel][stride].
 template <class T>
-PYFACE_INLINE void sum_rows(const Layer<T>& layer, std::int64_t width, const float* const sums[3], float* row, std::int64_t stride) {
+PYFACE_INLINE void sum_rows(const Layer<T>& layer, std::int64_t width, const float* const sums[3], float* row,
+                            std::int64_t stride) {
   const std::int64_t outs = layer.outs;
   for (std::int64_t x = 0; x < width; ++x)
     for (std::int64_t j = 0; j < outs; j += kLanes) {
@@ -423,7 +426,7 @@ PYFACE_INLINE void sum_rows(const Layer<T>& layer, std::int64_t width, const flo
     }
 }
 
-// ---- the whole block --------------------------------------------------------------------------------------------------------
+// ---- the whole block ------------------------------------------------------------------------------------------------
 
 template <class T>
 void run(const DenseBlock& a, void* scratch, int threads) {
@@ -434,7 +437,7 @@ void run(const DenseBlock& a, void* scratch, int threads) {
   if (products * plan.images * a.height * a.width < kSerialProducts) threads = 1;
 
   const bool bf16_x = a.x_type == DType::bf16;
-  a.weight_type == DType::bf16 ? pack<bf16>(a, plan, threads) : pack<float>(a, plan, threads);
+  (a.weight_type == DType::bf16 ? pack<bf16, T> : pack<float, T>)(a, plan, threads);
   const std::int64_t image_size = (a.height + 2) * plan.row;
   for (std::int64_t i = 0; i < plan.images; ++i) {
     std::memset((void*)(plan.features + i * image_size), 0, plan.row * sizeof(T));
@@ -450,46 +453,46 @@ void run(const DenseBlock& a, void* scratch, int threads) {
         for (std::int64_t share = begin; share < end; ++share)
           for (std::int64_t r = rows * share / plan.shares; r < rows * (share + 1) / plan.shares; ++r) {
             const std::int64_t image = r / a.height, y = r % a.height;
-            body(image, y, r, plan.features + image * image_size + (y + 1) * plan.row, plan.rows + share * plan.rows_row);
+            T* const row = plan.features + image * image_size + (y + 1) * plan.row;
+            body(image, y, r, row, plan.rows + share * plan.rows_row);
           }
       });
     };
     for_each_row([&](std::int64_t image, std::int64_t y, std::int64_t, T* row, float*) {
-      bf16_x ? take_row<bf16>(a, plan, start + image, y, row) : take_row<float>(a, plan, start + image, y, row);
+      (bf16_x ? take_row<bf16, T> : take_row<float, T>)(a, plan, start + image, y, row);
     });
     for (std::int64_t k = 0; k + 1 < a.layer_count; ++k) {
       const Layer<T>& layer = plan.layers[k];
       for_each_row([&](std::int64_t, std::int64_t, std::int64_t, T* row, float*) {
-        for_each_tile(layer, a.width, [&](std::int64_t v, int vectors, std::int64_t x, int pixels) {
+        for_each_tile(layer, a.width, [&](std::int64_t v, std::int64_t x, int pixels) {
           alignas(64) float sums[kTile * kVectors * kLanes];
-          run_tile<T, 3>(plan, layer, row - plan.row + x * kBlock, v, vectors, pixels, sums, kVectors * kLanes);
-          T* to[kVectors];
-          for (int i = 0; i < kVectors; ++i) {
+          run_tile<T, 3>(plan, layer, row - plan.row + x * kBlock, v, pixels, sums, kVectors * kLanes);
+          for (std::int64_t i = 0; i < kVectors && v + i < layer.vectors; ++i) {
             const std::int64_t out = (v + i) * kLanes;
-            to[i] = row + (layer.blocks + out / kBlock) * plan.pitch + (x + 1) * kBlock + out % kBlock;
+            T* const to = row + (layer.blocks + out / kBlock) * plan.pitch + (x + 1) * kBlock + out % kBlock;
+            activate(sums + i * kLanes, pixels, a.slope, a.compute == DType::bf16, to);
           }
-          activate(sums, pixels, vectors, a.slope, a.compute == DType::bf16, to);
         });
       });
     }
     const std::int64_t stride = last.vectors * kLanes, out_stride = round_up(last.outs, kLanes);
-    auto give_row = [&](std::int64_t image, std::int64_t y, const float* row) {
-      bf16_x ? give<bf16>(a, row, out_stride, last.outs, start + image, y) : give<float>(a, row, out_stride, last.outs, start + image, y);
+    auto give = [&](std::int64_t image, std::int64_t y, const float* row) {
+      (bf16_x ? give_row<bf16> : give_row<float>)(a, row, out_stride, last.outs, start + image, y);
     };
     if (!last.spread) {
       for_each_row([&](std::int64_t image, std::int64_t y, std::int64_t, T* row, float* outs) {
-        for_each_tile(last, a.width, [&](std::int64_t v, int vectors, std::int64_t x, int pixels) {
-          run_tile<T, 3>(plan, last, row - plan.row + x * kBlock, v, vectors, pixels, outs + x * stride + v * kLanes, stride);
+        for_each_tile(last, a.width, [&](std::int64_t v, std::int64_t x, int pixels) {
+          run_tile<T, 3>(plan, last, row - plan.row + x * kBlock, v, pixels, outs + x * stride + v * kLanes, stride);
         });
-        give_row(image, y, outs);
+        give(image, y, outs);
       });
       continue;
     }
     for_each_row([&](std::int64_t, std::int64_t, std::int64_t r, T* row, float* products) {
       std::memset(products, 0, stride * sizeof(float));
       std::memset(products + (a.width + 1) * stride, 0, stride * sizeof(float));
-      for_each_tile(last, a.width, [&](std::int64_t v, int vectors, std::int64_t x, int pixels) {
-        run_tile<T, 1>(plan, last, row + (x + 1) * kBlock, v, vectors, pixels, products + (x + 1) * stride + v * kLanes, stride);
+      for_each_tile(last, a.width, [&](std::int64_t v, std::int64_t x, int pixels) {
+        run_tile<T, 1>(plan, last, row + (x + 1) * kBlock, v, pixels, products + (x + 1) * stride + v * kLanes, stride);
       });
       sum_columns(last, a.width, products, plan.sums + (r + 1) * plan.sums_row);
     });
@@ -498,7 +501,7 @@ void run(const DenseBlock& a, void* scratch, int threads) {
       const float* const sums[3] = {y > 0 ? here - plan.sums_row : plan.sums, here,
                                     y + 1 < a.height ? here + plan.sums_row : plan.sums};
       sum_rows(last, a.width, sums, outs, out_stride);
-      give_row(image, y, outs);
+      give(image, y, outs);
     });
   }
 }

@@ -1,5 +1,5 @@
-// Entry points of the dense-block core, once per instruction set. Work runs on at most `threads` threads, and needs a scratch
-// buffer of dense_block_scratch() bytes, aligned to 64.
+// Entry points of the dense-block core, once per instruction set. Work runs on at most `threads` threads, and needs a
+// scratch buffer of dense_block_scratch() bytes, a multiple of 64 and aligned to 64.
 #pragma once
 
 #include "cpu/isa.h"

@@ -10,7 +10,7 @@
 namespace pyface::cpu::PYFACE_ISA {
 
 template <class Body>
-static void parallel_for(int threads, std::int64_t tasks, Body body) {
+static void parallel_for([[maybe_unused]] int threads, std::int64_t tasks, Body body) {
 #if defined(_OPENMP)
   if (threads > tasks) threads = (int)tasks;
   if (threads > 1) {

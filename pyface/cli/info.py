@@ -15,7 +15,7 @@ import typer
 # Every variable that pyface or its build reads, with what it does.
 VARIABLES = {
     "PYFACE_PATH": "path of every op: cpu, cuda, triton, reference, auto",
-    "PYFACE_CPU_ISA": "instruction set of the CPU kernels: baseline, avx2, avx512",
+    "PYFACE_CPU_ISA": "instruction set of the CPU kernels, such as baseline or avx2",
     "PYFACE_PASSWORD": "password for protect and recover",
     "TRITON_INTERPRET": "1 runs the Triton kernels on the CPU, slowly, for checks",
     "OMP_NUM_THREADS": "threads of torch, and so of the CPU kernels",

@@ -17,7 +17,7 @@ def train(
     ] = None,
     preset: Annotated[
         str,
-        typer.Option(help="Settings: default (made the shipped weights), tiny (minutes), published (the authors')."),
+        typer.Option(help="Settings: default (as the shipped weights), tiny (minutes), published (the authors')."),
     ] = "default",
     data: Annotated[
         Path | None, typer.Option(help="Train on the photographs of this folder instead of painted scenes.")
@@ -82,7 +82,7 @@ def _show(rows: list[dict], weights: Path, as_json: bool) -> None:
     for name in rows[0]:
         table.add_column(name, justify="left" if name in ("picture", "obfuscator") else "right")
     for row in rows:
-        table.add_row(*(f"{v:.2f}" if isinstance(v, float) else v for v in row.values()))
+        table.add_row(*(v if isinstance(v, str) else f"{v:.4f}" if k == "leak" else f"{v:.2f}" for k, v in row.items()))
     console = Console()
     console.print(table)
     console.print(f"weights: {weights}")

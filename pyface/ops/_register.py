@@ -19,7 +19,7 @@ from torch.autograd import forward_ad
 LIBRARY = torch.library.Library("pyface", "DEF")
 
 _functorch_is_active = torch._C._are_functorch_transforms_active
-_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor  # autograd.grad(is_grads_batched=True)
+_is_legacy_batched = torch._C._functorch.is_legacy_batchedtensor
 _plain_types = {torch.Tensor, torch.nn.Parameter}
 
 
@@ -30,6 +30,7 @@ def register(
     implementation: Callable,
     fake: Callable,
     *,
+    launch: Callable | None = None,
     setup_context: Callable | None = None,
     backward: Callable | None = None,
     jvp: Callable | None = None,
@@ -45,6 +46,7 @@ def register(
         implementation: checks every argument, picks a path and computes. Results never alias arguments; one that was
             not asked for is None, which the dispatcher shows as an empty tensor of the first argument's dtype.
         fake: the same checks and result shapes without data, with that empty tensor for what was not asked for.
+        launch: the implementation without its checks, for the eager door: the public function has made them.
         setup_context: `(ctx, inputs, output)`, saves what backward (and jvp) need.
         backward: `(ctx, *grads)`, one gradient per argument; must itself be differentiable for second order. Without
             it the op is for inference: its public function refuses tensors that need a gradient.
@@ -62,9 +64,7 @@ def register(
 
         def infer(*args):
             plain = all(type(t) in _plain_types for group in args[:tensors] for t in group)
-            if plain and not (
-                torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _functorch_is_active()
-            ):
+            if plain and not (torch.compiler.is_compiling() or _len_torch_dispatch_stack() or _functorch_is_active()):
                 return implementation(*args)
             return dispatched(*args)
 
@@ -74,8 +74,10 @@ def register(
     if vmap is not None:
         torch.library.register_vmap(qualified, functools.partial(vmap, dispatched), lib=LIBRARY)
 
+    launch = launch or implementation
+
     def forward(*args):
-        return implementation(*args)
+        return launch(*args)
 
     def setup_with_tangents(ctx, inputs, output):
         setup_context(ctx, inputs, output)
@@ -83,7 +85,7 @@ def register(
             ctx.save_for_forward(*ctx.to_save)
 
     def forward_and_setup(ctx, *args):
-        output = implementation(*args)
+        output = launch(*args)
         setup_with_tangents(ctx, args, output)
         return output
 
@@ -102,14 +104,20 @@ def register(
         needs_grad = False
         for arg in args[:tensors]:
             if arg is not None:
-                if type(arg) not in _plain_types or _is_legacy_batched(arg):
+                if type(arg) not in _plain_types:
                     return dispatched(*args)
                 needs_grad = needs_grad or arg.requires_grad
         if _functorch_is_active():
             return apply_transformed(*args)
         if (needs_grad and torch.is_grad_enabled()) or forward_ad._current_level >= 0:
             return apply(*args)
-        return implementation(*args)
+        try:
+            return launch(*args)
+        except RuntimeError:
+            # autograd.grad(is_grads_batched=True) sends tensors that look plain until their memory is asked for
+            if any(t is not None and _is_legacy_batched(t) for t in args[:tensors]):
+                return dispatched(*args)
+            raise
 
     return call
 

@@ -23,22 +23,26 @@ _DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.flo
 # ---- checks ---------------------------------------------------------------------------------------------------------
 
 
-def _check_coupling(x: Tensor, log_scale: Tensor, shift: Tensor, clamp: float, activation: str) -> None:
+def _check_shapes(x: Tensor, log_scale: Tensor, shift: Tensor) -> None:
     if x.shape != log_scale.shape or x.shape != shift.shape:
         raise ValueError(
             f"affine_coupling: x, log_scale and shift must have one shape, got {tuple(x.shape)}, "
             f"{tuple(log_scale.shape)} and {tuple(shift.shape)}"
         )
-    if x.device != log_scale.device or x.device != shift.device:
+
+
+def _check_coupling(x: Tensor, log_scale: Tensor, shift: Tensor, clamp: float, activation: str) -> None:
+    """Everything but the shapes."""
+    device, s_dtype = x.device, log_scale.dtype
+    if device != log_scale.device or device != shift.device:
         raise ValueError(
-            f"affine_coupling: x, log_scale and shift must be on one device, got {x.device}, {log_scale.device} and "
+            f"affine_coupling: x, log_scale and shift must be on one device, got {device}, {log_scale.device} and "
             f"{shift.device}"
         )
-    s_dtype = log_scale.dtype
     if s_dtype != shift.dtype or x.dtype not in _DTYPE_CODES or s_dtype not in _DTYPE_CODES:
         raise TypeError(
             "affine_coupling: expected floating-point x, and log_scale and shift of one floating type, got "
-            f"{x.dtype}, {log_scale.dtype} and {shift.dtype}"
+            f"{x.dtype}, {s_dtype} and {shift.dtype}"
         )
     if x.dim() == 0:
         raise ValueError("affine_coupling: x needs a batch dimension, got a 0-dimensional tensor")
@@ -79,8 +83,6 @@ def _order(x: Tensor) -> torch.memory_format:
 
 def _align(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
     """The tensors with each sample dense in x's order, copied only where they are not."""
-    if x.is_contiguous() and all([t is None or t.is_contiguous() for t in others]):
-        return [x, *others]
     order = _order(x)
     return [
         t if t is None or t.is_contiguous(memory_format=order) or t[:1].is_contiguous(memory_format=order)
@@ -90,8 +92,6 @@ def _align(x: Tensor, *others: Tensor | None) -> list[Tensor | None]:
 
 
 def _empty(x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    if x.is_contiguous():
-        return torch.empty_like(x, dtype=dtype)
     return torch.empty_like(x, dtype=dtype, memory_format=_order(x))
 
 
@@ -104,7 +104,7 @@ def _log_det_dtype(x: Tensor) -> torch.dtype:
 
 
 def _reference() -> object:
-    def forward(x, log_scale, shift, *, clamp, activation, inverse, log_det):
+    def forward(x, log_scale, shift, clamp, activation, inverse, log_det):
         out = reference.affine_coupling(
             x, log_scale, shift, clamp=clamp, clamp_activation=activation, inverse=inverse, return_log_det=log_det
         )
@@ -139,16 +139,17 @@ class _Compiled:
     def __init__(self, module):
         self.module = module
 
-    def forward(self, x, log_scale, shift, *, clamp, activation, inverse, log_det):
-        batch, y = x.shape[0], _empty(x)
+    def forward(self, x, log_scale, shift, clamp, activation, inverse, log_det):
+        batch, y = x.shape[0], torch.empty_like(x) if x.is_contiguous() else _empty(x)
         sums = torch.empty(batch, dtype=_log_det_dtype(x), device=x.device) if log_det else None
         if batch:
             inner = x.numel() // batch
+            scratch, _alive = self.scratch(x, batch, inner) if log_det else self.no_scratch
             self.module.coupling_forward(
                 x.data_ptr(), log_scale.data_ptr(), shift.data_ptr(), y.data_ptr(), sums.data_ptr() if log_det else 0,
                 batch, inner, x.stride(0), log_scale.stride(0), shift.stride(0), inner,
                 _DTYPE_CODES[x.dtype], _DTYPE_CODES[log_scale.dtype], ACTIVATIONS[activation], clamp, inverse,
-                *(self.scratch(x, batch, inner) if log_det else self.no_scratch), *self.where(x),
+                *scratch, *self.where(x),
             )  # fmt: skip
         return y, sums
 
@@ -203,26 +204,25 @@ class _Compiled:
 
 
 class _Cpu(_Compiled):
-    no_scratch = ()
+    no_scratch = (), None
 
     def where(self, _):
         return (torch.get_num_threads(),)
 
     def scratch(self, x, batch, inner):
-        return ()
+        return self.no_scratch  # the core keeps its own
 
 
 class _Cuda(_Compiled):
-    no_scratch = (0,)
+    no_scratch = (0,), None
 
     def where(self, x):
         return x.device.index, torch.cuda.current_stream(x.device).cuda_stream
 
     def scratch(self, x, batch, inner):
-        """Partial sums of the log-determinant. The caching allocator keeps the memory for this stream's later
-        kernels only."""
-        count = self.module.coupling_scratch(batch, inner)
-        return (torch.empty(count, dtype=torch.float64, device=x.device).data_ptr(),)
+        """Partial sums of the log-determinant: (addresses, what keeps them until the kernels are queued)."""
+        sums = torch.empty(self.module.coupling_scratch(batch, inner), dtype=torch.float64, device=x.device)
+        return (sums.data_ptr(),), sums
 
 
 def _load_compiled(name: str, kind: type) -> object:
@@ -259,16 +259,21 @@ CORE = Core(
 # ---- affine coupling ------------------------------------------------------------------------------------------------
 
 
-def _forward(x, log_scale, shift, clamp, activation, inverse, log_det, path):
-    _check_coupling(x, log_scale, shift, clamp, activation)
+def _launch(x, log_scale, shift, clamp, activation, inverse, log_det, path):
     implementation = CORE.pick(x.device.type, (x.dtype, log_scale.dtype), path)
-    x, log_scale, shift = _align(x, log_scale, shift)
-    return implementation.forward(
-        x, log_scale, shift, clamp=clamp, activation=activation, inverse=inverse, log_det=log_det
-    )
+    if not (x.is_contiguous() and log_scale.is_contiguous() and shift.is_contiguous()):
+        x, log_scale, shift = _align(x, log_scale, shift)
+    return implementation.forward(x, log_scale, shift, clamp, activation, inverse, log_det)
+
+
+def _forward(x, log_scale, shift, clamp, activation, inverse, log_det, path):
+    _check_shapes(x, log_scale, shift)
+    _check_coupling(x, log_scale, shift, clamp, activation)
+    return _launch(x, log_scale, shift, clamp, activation, inverse, log_det, path)
 
 
 def _forward_fake(x, log_scale, shift, clamp, activation, inverse, log_det, path):
+    _check_shapes(x, log_scale, shift)
     _check_coupling(x, log_scale, shift, clamp, activation)
     return _empty(x), x.new_empty(x.shape[0], dtype=_log_det_dtype(x)) if log_det else x.new_empty(0)
 
@@ -429,6 +434,7 @@ _affine_coupling = register(
     3,
     _forward,
     _forward_fake,
+    launch=_launch,
     setup_context=_setup,
     backward=_grads,
     jvp=_jvp,
@@ -500,6 +506,7 @@ def affine_coupling(
             st = torch.promote_types(dtype, st)
             x = x.to(st)
         log_scale, shift = log_scale.to(st), shift.to(st)
+    _check_coupling(x, log_scale, shift, clamp, clamp_activation)
     y, log_det = _affine_coupling(
         x, log_scale, shift, float(clamp), clamp_activation, inverse, return_log_det, chosen_path()
     )

@@ -38,11 +38,13 @@ def _check(parts: Sequence[Tensor], weights: Sequence[Tensor], biases: Sequence[
     for k, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         if weight.dim() != 4 or weight.shape[0] == 0 or weight.shape[1:] != (channels, 3, 3):
             raise ValueError(
-                f"dense_block: weights[{k}] must be Tensor[G, {channels}, 3, 3] with G >= 1 (it reads x and all features "
-                f"before it through a 3x3 kernel), got shape {tuple(weight.shape)}"
+                f"dense_block: weights[{k}] must be Tensor[G, {channels}, 3, 3] with G >= 1 (it reads x and all "
+                f"features before it through a 3x3 kernel), got shape {tuple(weight.shape)}"
             )
         if bias.shape != weight.shape[:1]:
-            raise ValueError(f"dense_block: biases[{k}] must be Tensor[{weight.shape[0]}], got shape {tuple(bias.shape)}")
+            raise ValueError(
+                f"dense_block: biases[{k}] must be Tensor[{weight.shape[0]}], got shape {tuple(bias.shape)}"
+            )
         channels += weight.shape[0]
     for name, tensors in (("x", parts), ("weights and biases", [*weights, *biases])):
         kinds = {t.dtype for t in tensors}
@@ -122,7 +124,8 @@ def _forward_fake(parts, weights, biases, negative_slope, compute, path):
 
 _dense_block = register(
     "dense_block",
-    "(Tensor[] x, Tensor[] weights, Tensor[] biases, float negative_slope, ScalarType compute_dtype, str? path) -> Tensor",
+    "(Tensor[] x, Tensor[] weights, Tensor[] biases, float negative_slope, ScalarType compute_dtype, str? path) "
+    "-> Tensor",
     3,
     _forward,
     _forward_fake,

@@ -368,11 +368,33 @@ def test_store_8bit_is_a_file_forward_and_the_identity_backward():
     assert torch.equal(x.grad, torch.ones_like(x))
 
 
+@pytest.mark.parametrize("size", [6, 20, 64])
+def test_leak_sees_the_face_in_any_colours(size):
+    image = validation_pictures(64)["astronaut"][..., :size, :size]
+    noise = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    assert losses.leak(image, image).item() == pytest.approx(1, abs=1e-3)
+    assert losses.leak(0.8 - 0.5 * image, image).item() == pytest.approx(0.25, abs=1e-3)
+    assert losses.leak(torch.full_like(image, 0.7), image).item() == pytest.approx(0, abs=1e-6)
+    if size == 64:
+        assert losses.leak(image.roll(21, 3), image).item() < 0.2
+        assert psnr(1 - 2 * image, image) < 8
+        assert losses.leak(1 - 2 * image + 0.05 * noise, image).item() > 3
+
+
+def test_leak_lets_gradients_through():
+    image = validation_pictures(32)["chelsea"]
+    wrong = (0.5 * image).requires_grad_()
+    before = losses.leak(wrong, image)
+    (gradient,) = torch.autograd.grad(before.sum(), wrong)
+    step = 0.1 * before.detach() / gradient.square().sum()
+    assert losses.leak(wrong - step * gradient, image) < before
+
+
 def test_deployable_limits_stop_paying_once_met():
     x = torch.zeros(1, 3, 8, 8)
     recovered = (x + 0.1).requires_grad_()
     stored = (x + 0.001).requires_grad_()
-    wrong = (x + 1.0).requires_grad_()
+    wrong = (x + 1.0).requires_grad_()  # far away, and flat: shows nothing
     loss, report = losses.deployable_loss(x, x, stored, recovered, wrong)
     assert report["recovered"] == pytest.approx(-20 * np.log10(0.05), abs=1e-3)
     assert report["protected"] == pytest.approx(-20 * np.log10(0.0005), abs=0.05)
@@ -380,6 +402,7 @@ def test_deployable_limits_stop_paying_once_met():
     assert recovered.grad.abs().sum() > 0
     assert not stored.grad.any()
     assert not wrong.grad.any()
+    assert report["leak"] < 1e-9
     near = (x + 0.3).requires_grad_()
     losses.deployable_loss(x, x, near, recovered, near)[0].backward()
     assert near.grad.abs().sum() > 0
@@ -388,8 +411,8 @@ def test_deployable_limits_stop_paying_once_met():
 # ------------------------------------------------------------------------------------------------------------- recipe
 
 SMALL = {
-    "scenes": 6, "scene_size": 32, "stages": ((0.5, 16, 2), (1.0, 24, 1)), "steps": 60, "max_minutes": None,
-    "checkpoint_every": 5, "log_every": 10, "validate_every": 40, "validation_size": 16, "workers": 1,
+    "scenes": 6, "scene_size": 32, "stages": ((0.5, 16, 2), (1.0, 24, 1)), "steps": 40, "max_minutes": None,
+    "checkpoint_every": 5, "log_every": 10, "validate_every": 1000, "validation_size": 16, "workers": 1,
     "warmup": 5, "ema": 0.9,
 }  # fmt: skip
 
@@ -423,7 +446,7 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(tmp_path, one_thread):
     child.send_signal(signal.SIGKILL)
     child.wait()
     with (broken / "log.csv").open() as file:
-        assert len(list(csv.reader(file))) < 7
+        assert len(list(csv.reader(file))) < 5
     resumed = train(config, broken, quiet=True)
     for name, value in expected.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
@@ -433,9 +456,9 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(tmp_path, one_thread):
     assert float(rows[-1]["lr"]) < 1e-4
     for folder in (whole, broken):
         with (folder / "log.csv").open() as file:
-            assert [int(row["step"]) for row in csv.DictReader(file)] == [10, 20, 30, 40, 50, 60]
+            assert [int(row["step"]) for row in csv.DictReader(file)] == [10, 20, 30, 40]
         with (folder / "validation.csv").open() as file:
-            assert [row["step"] for row in csv.DictReader(file)] == ["40"] * 15 + ["60"] * 15
+            assert [row["step"] for row in csv.DictReader(file)] == ["40"] * 15
     with pytest.raises(UserError, match="other settings"):
         train(Config.preset("default", **SMALL | {"lr": 1e-4}), broken, quiet=True)
     assert not list(tmp_path.rglob("*.partial"))
@@ -514,19 +537,26 @@ def pretrained():
     return create_model("proface_s", pretrained=True).eval()
 
 
-@pytest.mark.parametrize("subnet_dtype", [None, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("size", [128, 256, 400])
-def test_shipped_weights_meet_the_bars(pretrained, subnet_dtype, size):
+@pytest.mark.parametrize(
+    ("size", "subnet_dtype", "names"),
+    [
+        (256, torch.bfloat16, ("astronaut", "coffee", "chelsea", "rocket", "lfw")),
+        (256, None, ("astronaut", "coffee")),
+        (128, None, ("astronaut",)),
+        (400, torch.bfloat16, ("astronaut",)),
+    ],
+    ids=["256-bf16", "256-fp32", "128-fp32", "400-bf16"],
+)
+def test_shipped_weights_meet_the_bars(pretrained, size, subnet_dtype, names):
     photographs = validation_pictures(size)
-    if size != 256:
-        photographs = {"astronaut": photographs["astronaut"]}
     pretrained.subnet_dtype = subnet_dtype
-    rows = evaluate(pretrained, photographs, seed=size)
-    assert len(rows) == 3 * len(photographs)
-    for row in rows:
-        assert row["recovered"] >= 36, row
-        assert row["protected"] >= 38, row
-        assert row["wrong"] <= 13, row
+    rows = evaluate(pretrained, {name: photographs[name] for name in names}, seed=size)
+    assert len(rows) == 3 * len(names)
+    failed = [
+        row for row in rows
+        if row["recovered"] < 36 or row["protected"] < 38 or row["wrong"] > 13 or row["leak"] > 0.01
+    ]  # fmt: skip
+    assert not failed
 
 
 @torch.no_grad()

@@ -2,8 +2,8 @@
 //
 //   f_0 = x        f_k = act(conv_k([f_0, ..., f_{k-1}])), k = 1 .. L-1        out = conv_L([f_0, ..., f_{L-1}])
 //
-// Zero padding 1, stride 1, act = LeakyReLU. All strides are in elements. Python has checked every pointer, size and dtype
-// before a call (pyface/ops/dense_block.py); nothing is checked again here.
+// Zero padding 1, stride 1, act = LeakyReLU. All strides are in elements. Python has checked every pointer, size and
+// dtype before a call (pyface/ops/dense_block.py); nothing is checked again here.
 #pragma once
 
 #include "pyface/types.h"
@@ -23,8 +23,8 @@ struct DenseBlockLayer {
   std::int64_t outs;
 };
 
-// Sums are float32 always. `compute` is the type of the multiplied numbers: of the features as they are kept, and of x and the
-// weights after rounding. Every type is f32 or bf16.
+// Sums are float32 always. `compute` is the type of the multiplied numbers: of the features as they are kept, and of x
+// and the weights after rounding. Every type is f32 or bf16.
 struct DenseBlock {
   const DenseBlockPart* parts;
   const DenseBlockLayer* layers;
