@@ -33,7 +33,12 @@ constexpr std::int64_t kSerialProducts = 200000;  // below this a team costs mor
 
 // ---- arithmetic of one element type ---------------------------------------------------------------------------------
 
-PYFACE_INLINE f32v rounded(f32v v) { return (f32v)(round_to_bf16(v) << 16); }  // to bf16, kept as float
+// Without a bf16 dot product, bf16 numbers are kept in float: the same roundings at float's speed.
+template <class T>
+bool emulates_bf16(const DenseBlock& a) {
+  return a.compute == DType::bf16 && sizeof(T) == sizeof(float);
+}
+PYFACE_INLINE f32v rounded(f32v v) { return (f32v)(round_to_bf16(v) << 16); }
 
 template <class T>
 struct Arithmetic;
@@ -224,7 +229,7 @@ void pack(const DenseBlock& a, const Plan<T>& plan, int threads) {
       for (std::int64_t b = 0, step = 0; b < layer.blocks; ++b) {
         const Block block = plan.blocks[b];
         if (begin <= start + b && start + b < end)
-          pack_block(layer, (const W*)a.layers[k].weight, block, step, a.compute == DType::bf16);
+          pack_block(layer, (const W*)a.layers[k].weight, block, step, emulates_bf16<T>(a));
         step += ceil_div(block.count, pair);
       }
     }
@@ -367,7 +372,7 @@ void take_row(const DenseBlock& a, const Plan<T>& plan, std::int64_t image, std:
       f32v v[kLanes];
       for (int i = 0; i < kLanes; ++i) {
         v[i] = planes[i] ? load_some(planes[i] + x * strides[i], strides[i], pixels) : f32v{};
-        if (a.compute == DType::bf16) v[i] = rounded(v[i]);
+        if (emulates_bf16<T>(a)) v[i] = rounded(v[i]);
       }
       transpose(v);
       for (std::int64_t i = 0; i < pixels; ++i) Arithmetic<T>::store_features(to + (x + i) * kBlock, v[i]);
@@ -470,7 +475,7 @@ void run(const DenseBlock& a, void* scratch, int threads) {
           for (std::int64_t i = 0; i < kVectors && v + i < layer.vectors; ++i) {
             const std::int64_t out = (v + i) * kLanes;
             T* const to = row + (layer.blocks + out / kBlock) * plan.pitch + (x + 1) * kBlock + out % kBlock;
-            activate(sums + i * kLanes, pixels, a.slope, a.compute == DType::bf16, to);
+            activate(sums + i * kLanes, pixels, a.slope, emulates_bf16<T>(a), to);
           }
         });
       });
@@ -508,7 +513,6 @@ void run(const DenseBlock& a, void* scratch, int threads) {
 
 }  // namespace
 
-// Without a bf16 dot product the features are kept as bf16 numbers in float: the same roundings, float's speed.
 std::int64_t dense_block_scratch(const DenseBlock& args, int threads) {
 #if defined(__AVX512BF16__)
   if (args.compute == DType::bf16) return make_plan<bf16>(args, nullptr, threads).bytes;

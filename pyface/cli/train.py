@@ -82,7 +82,12 @@ def _show(rows: list[dict], weights: Path, as_json: bool) -> None:
     for name in rows[0]:
         table.add_column(name, justify="left" if name in ("picture", "obfuscator") else "right")
     for row in rows:
-        table.add_row(*(v if isinstance(v, str) else f"{v:.4f}" if k == "leak" else f"{v:.2f}" for k, v in row.items()))
+        table.add_row(
+            *(
+                v if isinstance(v, str) else f"{v:.4f}" if k in ("leak", "keyless") else f"{v:.2f}"
+                for k, v in row.items()
+            )
+        )
     console = Console()
     console.print(table)
     console.print(f"weights: {weights}")

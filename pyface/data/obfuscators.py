@@ -1,7 +1,7 @@
 """Obfuscators: what a protected face is made to look like.
 
 Every one maps a picture Tensor[B, 3, H, W] in [-1, 1] to the same shape and range, for any H and W. Strengths are
-given in pixels of a face 256 pixels high (PRO-Face S, sheet 5.3) and scaled with the shorter side of the picture, so
+given in pixels of a face 256 pixels high (as PRO-Face S does) and scaled with the shorter side of the picture, so
 that a face is hidden equally well at any size.
 """
 

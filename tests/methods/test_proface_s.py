@@ -18,7 +18,7 @@ from pyface.methods import create_model, list_models, load_official, register_mo
 from pyface.methods.proface_s import losses
 from pyface.methods.proface_s.convert import convert_state_dict, read_checkpoint
 from pyface.methods.proface_s.model import DenseSubnet, ProFaceS
-from pyface.methods.proface_s.recipe import Config, evaluate, psnr, random_key_map, train, validation_pictures
+from pyface.methods.proface_s.recipe import Config, evaluate, psnr, random_key_map, train, validation_pictures, wrong_key_map
 
 # ------------------------------------------------------------------------------------------------------------- network
 
@@ -555,8 +555,19 @@ def test_shipped_weights_meet_the_bars(pretrained, size, subnet_dtype, names):
     failed = [
         row for row in rows
         if row["recovered"] < 36 or row["protected"] < 38 or row["wrong"] > 13 or row["leak"] > 0.01
+        or row["keyless"] > 0.02
     ]  # fmt: skip
     assert not failed
+
+
+def test_wrong_keys_in_training_are_of_every_kind():
+    rng = np.random.default_rng(0)
+    maps = wrong_key_map(200, 8, 10, rng)
+    assert maps.shape == (200, 1, 8, 10)
+    signs = (maps.abs() == 1).flatten(1).all(1)
+    assert 80 < signs.sum() < 160
+    assert 5 < (maps == 0).flatten(1).all(1).sum() < 40
+    assert maps.abs().flatten(1).std(1).max() > 0.1
 
 
 @torch.no_grad()

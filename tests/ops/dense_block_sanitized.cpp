@@ -1,5 +1,5 @@
-// csrc/cpu/dense_block.cpp on its own, for the sanitizers: random sizes, every buffer exactly as large as it must be, scratch
-// and results full of NaN before, results against a plain triple loop in double. Prints "ok" or the first case that fails.
+// csrc/cpu/dense_block.cpp on its own, for the sanitizers: random sizes, every buffer exactly as large as it must be,
+// scratch and results full of NaN before, results against plain loops in double. Prints "ok" or the first failed case.
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -86,8 +86,8 @@ bool run_case(int number) {
   Array result(x_type, batch * last * height * width);
   const bool channels_last = pick(0, 1);
   const DenseBlock args{parts.data(), layers.data(), (long)parts.size(), (long)layers.size(), result.data.get(),
-                        {last * height * width, channels_last ? 1 : height * width, channels_last ? width * last : width,
-                         channels_last ? last : 1},
+                        {last * height * width, channels_last ? 1 : height * width,
+                         channels_last ? width * last : width, channels_last ? last : 1},
                         batch, height, width, x_type, w_type, compute, 0.1f};
   const int threads = (int)pick(1, 4);
   const long bytes = core::dense_block_scratch(args, threads);
@@ -105,7 +105,8 @@ bool run_case(int number) {
         for (long y = 0; y < height; ++y)
           for (long x = 0; x < width; ++x) {
             const auto& s = parts[i].strides;
-            features[(channel * height + y) * width + x] = rounded(arrays[i].get(n * s[0] + c * s[1] + y * s[2] + x * s[3]));
+            const long at = n * s[0] + c * s[1] + y * s[2] + x * s[3];
+            features[(channel * height + y) * width + x] = rounded(arrays[i].get(at));
           }
     channel = inputs;
     for (std::size_t k = 0; k < outs.size(); ++k) {
@@ -127,9 +128,9 @@ bool run_case(int number) {
             const auto& s = args.out_strides;
             const float got = result.get(n * s[0] + o * s[1] + y * s[2] + x * s[3]);
             if (!(std::abs(got - sum) <= allowed * (1 + std::abs(sum)))) {
-              std::printf("case %d (%ld layers, %ldx%ld, bf16 x %d, weights %d, compute %d): [%ld, %ld, %ld, %ld] is %g, not %g\n",
-                          number, (long)outs.size(), height, width, x_type == DType::bf16, w_type == DType::bf16,
-                          compute == DType::bf16, n, o, y, x, got, sum);
+              std::printf("case %d (%zu layers, %ldx%ld, bf16 x %d, weights %d, compute %d): ", number, outs.size(),
+                          height, width, x_type == DType::bf16, w_type == DType::bf16, compute == DType::bf16);
+              std::printf("[%ld, %ld, %ld, %ld] is %g, not %g\n", n, o, y, x, got, sum);
               return false;
             }
           }

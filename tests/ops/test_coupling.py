@@ -102,7 +102,7 @@ def test_other_mixtures_are_promoted_and_return_the_dtype_of_x():
 
 
 def test_log_det_is_as_accurate_as_torch_sum():
-    """Kernel sheet 7.4: one running float32 vector per chunk would be worse than torch's cascade."""
+    """One running float32 vector per chunk would be worse than torch's cascade."""
     ours = theirs = 0.0
     for seed in range(8):
         torch.manual_seed(seed)

@@ -226,6 +226,18 @@ def test_a_path_says_why_it_cannot_serve():
         dense_block(x, weights, biases)
 
 
+def test_bfloat16_is_left_to_onednn_on_a_cpu_with_matrix_units(monkeypatch):
+    core = importlib.import_module("pyface.ops.dense_block")
+    weights, biases = network(4, (6, 5))
+    x = torch.randn(1, 4, 9, 11)
+    for has_amx, compute, path in [(True, BF16, "reference"), (True, F32, "cpu"), (False, BF16, "cpu")]:
+        monkeypatch.setattr(core, "_has_amx", lambda has_amx=has_amx: has_amx)
+        with pyface.paths(path):
+            expected = dense_block(x, weights, biases, compute_dtype=compute)
+        assert torch.equal(dense_block(x, weights, biases, compute_dtype=compute), expected)
+        assert torch.equal(expected, compiled(x, weights, biases, compute_dtype=compute)) == (path == "cpu")
+
+
 def test_errors_name_what_is_wrong():
     weights, biases = network(3, (4, 2))
     x = torch.randn(1, 3, 5, 5)

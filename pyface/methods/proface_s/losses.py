@@ -101,7 +101,7 @@ def random_wr_loss(
     perceptual: Perceptual | None = None,
     per_image: bool = False,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The released RandWR objective: a wrong key shall give noise (sheet 3.6).
+    """The released RandWR objective: a wrong key shall give noise.
 
     ``0.3 L_img + 0.5 L1(recovered, image) + 0.2 L_wr`` with ``L_img = 5 P(obfuscated, protected) + L1`` and ``L_wr`` a
     perceptual and an L1 triplet that want the right recovery nearer to the image than the wrong one.
@@ -135,7 +135,7 @@ def obfuscated_wr_loss(
     *,
     perceptual: Perceptual | None = None,
 ) -> tuple[Tensor, dict[str, float]]:
-    """The released ObfsWR objective: a wrong key shall give the obfuscated picture again (sheet 3.6).
+    """The released ObfsWR objective: a wrong key shall give the obfuscated picture again.
 
     ``0.2 L_img + 0.3 (L1(recovered, image) + L1(wrong, obfuscated)) + 0.5 L_wr``; arguments and result as in
     :func:`random_wr_loss`. Without ``perceptual`` nothing is left of ``L_wr``, and the L1 terms do the work.

@@ -12,35 +12,11 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from pyface.errors import UserError
+from pyface.ops import affine_coupling, dense_block, haar_dwt2d, haar_idwt2d
 
 BAND_CHANNELS = 12  # three colours times four Haar bands
 KEY_CHANNELS = 4
 SLOPE = 0.01
-
-
-def _haar_dwt(x: Tensor) -> Tensor:
-    """Orthonormal one-level Haar transform, Tensor[B, C, H, W] -> Tensor[B, 4C, H/2, W/2], sub-band major."""
-    a, b = x[..., 0::2, 0::2], x[..., 0::2, 1::2]
-    c, d = x[..., 1::2, 0::2], x[..., 1::2, 1::2]
-    low, high, left, right = a + b, c + d, a + c, b + d
-    return torch.cat((low + high, right - left, high - low, a + d - b - c), 1) / 2
-
-
-def _haar_idwt(bands: Tensor) -> Tensor:
-    """Inverse of :func:`_haar_dwt`, Tensor[B, 4C, h, w] -> Tensor[B, C, 2h, 2w]."""
-    ll, hl, lh, hh = bands.chunk(4, 1)
-    a, b = ll - hl - lh + hh, ll + hl - lh - hh
-    c, d = ll - hl + lh - hh, ll + hl + lh + hh
-    top, bottom = torch.stack((a, b), -1).flatten(-2), torch.stack((c, d), -1).flatten(-2)
-    return torch.stack((top, bottom), -2).flatten(-3, -2) / 2
-
-
-def _couple(x: Tensor, log_scale: Tensor, shift: Tensor, clamp: float, inverse: bool = False) -> Tensor:
-    """``x * alpha + shift`` or its inverse, with ``alpha = exp(clamp * tanh(log_scale / 2))``; runs in x's dtype."""
-    gain = clamp * torch.tanh(log_scale.to(x.dtype) / 2)
-    if inverse:
-        return (x - shift.to(x.dtype)) * torch.exp(-gain)
-    return x * torch.exp(gain) + shift.to(x.dtype)
 
 
 def _dense_forward(parts: tuple[Tensor, ...], weights: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
@@ -113,7 +89,7 @@ class _DenseFunction(torch.autograd.Function):
 
 
 class DenseSubnet(nn.Module):
-    """Dense block of five 3x3 convolutions, ``[stream; key]`` -> ``out_channels`` (sheet name: omega, phi, rho, eta).
+    """Dense block of five 3x3 convolutions, ``[stream; key]`` -> ``out_channels`` (omega, phi, rho, eta of the paper).
 
     LeakyReLU(0.01) after the first four convolutions, none after the fifth; no normalisation, no residual.
     Every layer reads all earlier features; they live in one buffer of ``in + 4 * growth`` channels, channels last.
@@ -133,8 +109,15 @@ class DenseSubnet(nn.Module):
         self.conv5 = nn.Conv2d(in_channels + 4 * growth, out_channels, 3, padding=1)
 
     def forward(self, stream: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Tensor[B, C, h, w] and Tensor[B or 1, K, h, w] -> Tensor[B, out, h, w] in ``dtype`` (None: stream's)."""
+        """Tensor[B, C, h, w] and Tensor[B or 1, K, h, w] -> Tensor[B, out, h, w], computed in ``dtype`` (None: stream's)."""
         dtype = dtype or stream.dtype
+        inference = not torch.is_grad_enabled() or not any(t.requires_grad for t in (stream, key, *self.parameters()))
+        if inference and stream.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
+            convs = list(self.children())
+            return dense_block(
+                (stream, key), [c.weight for c in convs], [c.bias for c in convs],
+                negative_slope=SLOPE, compute_dtype=dtype,
+            )  # fmt: skip
         weights = tuple(
             p.to(dtype, memory_format=torch.channels_last) if p.ndim == 4 else p.to(dtype)
             for conv in self.children()
@@ -143,13 +126,11 @@ class DenseSubnet(nn.Module):
         inputs = (stream, key.expand(stream.shape[0], -1, -1, -1), *weights)
         # Autocast would choose other dtypes in protecting than in recovering; `dtype` alone decides.
         with torch.autocast(stream.device.type, enabled=False):
-            if torch.is_grad_enabled() and any(t.requires_grad for t in inputs):
-                return _DenseFunction.apply(*inputs)
-            return _dense_forward(inputs[:2], weights)[0]
+            return _dense_forward(inputs[:2], weights)[0] if inference else _DenseFunction.apply(*inputs)
 
 
 class SecureCouplingBlock(nn.Module):
-    """Secure affine coupling block (sheet equation 3.3): Y changes first, driven by X; then X, driven by the new Y."""
+    """Secure affine coupling block (the paper's SACB): Y changes first, driven by X; then X, driven by the new Y."""
 
     def __init__(self, growth: int = 32, clamp: float = 2.0) -> None:
         super().__init__()
@@ -161,12 +142,13 @@ class SecureCouplingBlock(nn.Module):
         self, x: Tensor, y: Tensor, key: Tensor, dtype: torch.dtype | None = None, inverse: bool = False
     ) -> tuple[Tensor, Tensor]:
         """x and y Tensor[B, 12, h, w], key Tensor[B or 1, 4, h, w] -> both streams after (or before) the block."""
+        c = self.clamp
         if inverse:
-            x = _couple(x, self.rho(y, key, dtype), self.eta(y, key, dtype), self.clamp, inverse=True)
-            y = _couple(y, self.omega(x, key, dtype), self.phi(x, key, dtype), self.clamp, inverse=True)
+            x = affine_coupling(x, self.rho(y, key, dtype), self.eta(y, key, dtype), clamp=c, inverse=True)
+            y = affine_coupling(y, self.omega(x, key, dtype), self.phi(x, key, dtype), clamp=c, inverse=True)
         else:
-            y = _couple(y, self.omega(x, key, dtype), self.phi(x, key, dtype), self.clamp)
-            x = _couple(x, self.rho(y, key, dtype), self.eta(y, key, dtype), self.clamp)
+            y = affine_coupling(y, self.omega(x, key, dtype), self.phi(x, key, dtype), clamp=c)
+            x = affine_coupling(x, self.rho(y, key, dtype), self.eta(y, key, dtype), clamp=c)
         return x, y
 
 
@@ -241,10 +223,10 @@ class ProFaceS(nn.Module):
                 f"got {tuple(image.shape)} and {tuple(obfuscated.shape)}"
             )
         _check_key("protect", key_map, image)
-        x, y, key = _haar_dwt(_wide(image)), _haar_dwt(_wide(obfuscated)), _haar_dwt(key_map.to(_wide(image).dtype))
+        x, y, key = haar_dwt2d(_wide(image)), haar_dwt2d(_wide(obfuscated)), haar_dwt2d(key_map.to(_wide(image).dtype))
         for block in self.blocks:
             x, y = block(x, y, key, self.subnet_dtype)
-        protected = _haar_idwt(y)
+        protected = haar_idwt2d(y)
         return (protected, x) if return_by_product else protected
 
     def recover(self, protected: Tensor, key_map: Tensor, *, by_product: Tensor | None = None) -> Tensor:
@@ -263,8 +245,8 @@ class ProFaceS(nn.Module):
         """
         _check_picture("recover", "protected", protected)
         _check_key("recover", key_map, protected)
-        y = _haar_dwt(_wide(protected))
-        key = _haar_dwt(key_map.to(y.dtype))
+        y = haar_dwt2d(_wide(protected))
+        key = haar_dwt2d(key_map.to(y.dtype))
         if by_product is not None:
             if by_product.shape != y.shape:
                 raise UserError(
@@ -277,7 +259,7 @@ class ProFaceS(nn.Module):
             x = key.repeat(1, BAND_CHANNELS // KEY_CHANNELS, 1, 1).expand_as(y)
         for block in reversed(self.blocks):
             x, y = block(x, y, key, self.subnet_dtype, inverse=True)
-        return _haar_idwt(x)
+        return haar_idwt2d(x)
 
     def forward(self, image: Tensor, obfuscated: Tensor, key_map: Tensor) -> Tensor:
         """Same as :meth:`protect`."""

@@ -247,6 +247,31 @@ def random_key_map(batch: int, height: int, width: int, rng: np.random.Generator
     return torch.from_numpy(rng.integers(0, 2, (batch, 1, height, width)) * 2 - 1).float()
 
 
+def wrong_key_map(batch: int, height: int, width: int, rng: np.random.Generator) -> Tensor:
+    """What somebody without the key may feed the network, Tensor[batch, 1, H, W]: half the time fair signs, else a map
+    that is no key at all. Trained on signs alone, the network notices signs that disagree, and opens to a map of zeros.
+    """
+    maps = []
+    for _ in range(batch):
+        signs = random_key_map(1, height, width, rng)
+        kind = rng.choice(
+            ("signs", "weak", "constant", "zeros", "normal", "blocks"), p=(0.5, 0.15, 0.1, 0.1, 0.05, 0.1)
+        )
+        if kind == "weak":
+            signs = signs * rng.random()
+        elif kind == "constant":
+            signs = torch.full_like(signs, rng.uniform(-1, 1))
+        elif kind == "zeros":
+            signs = torch.zeros_like(signs)
+        elif kind == "normal":
+            signs = torch.from_numpy(rng.standard_normal(signs.shape)).float() * rng.random()
+        elif kind == "blocks":
+            rows, cols = (int(rng.integers(1, 9)) for _ in range(2))
+            signs = signs.repeat_interleave(rows, 2)[:, :, :height].repeat_interleave(cols, 3)[..., :width]
+        maps.append(signs)
+    return torch.cat(maps)
+
+
 def validation_pictures(size: int = 256) -> dict[str, Tensor]:
     """Photographs that training never sees, Tensor[1, 3, size, size] in [-1, 1]; ``lfw`` is four small grey faces.
 
@@ -302,7 +327,8 @@ def evaluate(
     Returns:
         One row per picture and obfuscator: ``picture``, ``obfuscator``, and PSNR in dB ``recovered`` (right key,
         against the picture), ``protected`` (against the obfuscated picture) and ``wrong`` (the best of four wrong
-        keys, against the picture); and ``leak``, the :func:`~.losses.leak` of the mean of the four wrong recoveries.
+        keys, against the picture); and two values of :func:`~.losses.leak`: ``leak`` of the mean of the four wrong
+        recoveries, ``keyless`` the worst over maps that need no secret (all 0, all 1, all -1, a checkerboard).
     """
     rng = np.random.default_rng(seed)
     device = next(model.parameters()).device
@@ -313,8 +339,11 @@ def evaluate(
             hidden = obfuscate(image, name)
             key, *wrong_keys = (random_key_map(1, *image.shape[2:], rng).to(device) for _ in range(5))
             stored = _through_png(model.protect(image, hidden, key))
-            # One by one: a batch of four would need four times the memory on large pictures.
+            # One by one: a batch would need that many times the memory on large pictures.
             wrong = [model.recover(stored, wrong_key) for wrong_key in wrong_keys]
+            checkerboard = (torch.arange(key.numel(), device=device) % 2 * 2 - 1.0).view_as(key)
+            checkerboard[..., 1::2, :] *= -1
+            open_maps = (torch.zeros_like(key), torch.ones_like(key), -torch.ones_like(key), checkerboard)
             rows.append(
                 {
                     "picture": picture_name,
@@ -323,6 +352,7 @@ def evaluate(
                     "protected": psnr(stored, hidden),
                     "wrong": max(psnr(one, image) for one in wrong),
                     "leak": leak(torch.stack(wrong).mean(0), image).item(),
+                    "keyless": max(leak(model.recover(stored, one), image).item() for one in open_maps),
                 }
             )
     return rows
@@ -414,7 +444,7 @@ def _train_step(run: _Run, pool: np.ndarray, perceptual: Perceptual | None) -> d
     rng = np.random.default_rng((config.seed, step, 2))
     crop, batch = next((c, b) for until, c, b in config.stages if run.progress <= until)
     image, hidden = (t.to(run.device) for t in _batch(pool, crop, batch, config.augment, rng))
-    key, other_key = (random_key_map(batch, crop, crop, rng).to(run.device) for _ in range(2))
+    key = random_key_map(batch, crop, crop, rng).to(run.device)
     rate = run.learning_rate()
     for group in run.optimizer.param_groups:
         group["lr"] = rate
@@ -422,6 +452,8 @@ def _train_step(run: _Run, pool: np.ndarray, perceptual: Perceptual | None) -> d
     released = config.objective != "deployable"
     protected = run.model.protect(image, hidden, key)
     stored = protected if released else store_8bit(protected)
+    draw_wrong = random_key_map if released else wrong_key_map
+    other_key = draw_wrong(batch, crop, crop, rng).to(run.device)
     wrong = None
     if released or step % config.wrong_every == 0:
         both = run.model.recover(torch.cat((stored, stored)), torch.cat((key, other_key)))
