@@ -81,13 +81,9 @@ def _show(rows: list[dict], weights: Path, as_json: bool) -> None:
     table = Table(title="photographs never trained on, read back from 8-bit PNG; PSNR in dB")
     for name in rows[0]:
         table.add_column(name, justify="left" if name in ("picture", "obfuscator") else "right")
+    digits = {"leak": 4, "keyless": 4}
     for row in rows:
-        table.add_row(
-            *(
-                v if isinstance(v, str) else f"{v:.4f}" if k in ("leak", "keyless") else f"{v:.2f}"
-                for k, v in row.items()
-            )
-        )
+        table.add_row(*(v if isinstance(v, str) else f"{v:.{digits.get(name, 2)}f}" for name, v in row.items()))
     console = Console()
     console.print(table)
     console.print(f"weights: {weights}")

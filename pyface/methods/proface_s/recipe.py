@@ -117,7 +117,7 @@ class Config:
         """A named preset with some settings changed.
 
         ``"default"`` has the objective, the data and the schedule of the shipped weights (two CPU cores; they were
-        made in three sittings, see their card); ``"tiny"`` walks the whole path in a few minutes;
+        made in several sittings, see their card); ``"tiny"`` walks the whole path in a few minutes;
         ``"published"`` has the settings of the authors' script, for their photographs (``data``) and a GPU.
         """
         if name not in _PRESETS:
@@ -260,7 +260,7 @@ def wrong_key_map(batch: int, height: int, width: int, rng: np.random.Generator)
         if kind == "weak":
             signs = signs * rng.random()
         elif kind == "constant":
-            signs = torch.full_like(signs, rng.uniform(-1, 1))
+            signs = torch.full_like(signs, np.clip(rng.uniform(-1.5, 1.5), -1, 1))
         elif kind == "zeros":
             signs = torch.zeros_like(signs)
         elif kind == "normal":
@@ -328,7 +328,7 @@ def evaluate(
         One row per picture and obfuscator: ``picture``, ``obfuscator``, and PSNR in dB ``recovered`` (right key,
         against the picture), ``protected`` (against the obfuscated picture) and ``wrong`` (the best of four wrong
         keys, against the picture); and two values of :func:`~.losses.leak`: ``leak`` of the mean of the four wrong
-        recoveries, ``keyless`` the worst over maps that need no secret (all 0, all 1, all -1, a checkerboard).
+        recoveries, ``keyless`` the worst over maps that need no secret (all 0, all 1, a checkerboard).
     """
     rng = np.random.default_rng(seed)
     device = next(model.parameters()).device
@@ -343,7 +343,7 @@ def evaluate(
             wrong = [model.recover(stored, wrong_key) for wrong_key in wrong_keys]
             checkerboard = (torch.arange(key.numel(), device=device) % 2 * 2 - 1.0).view_as(key)
             checkerboard[..., 1::2, :] *= -1
-            open_maps = (torch.zeros_like(key), torch.ones_like(key), -torch.ones_like(key), checkerboard)
+            open_maps = (torch.zeros_like(key), torch.ones_like(key), checkerboard)
             rows.append(
                 {
                     "picture": picture_name,
