@@ -13,7 +13,7 @@ from pyface.errors import UserError
 def train(
     method: Annotated[str, typer.Argument(metavar="METHOD", help="What to train: proface_s.")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="Folder of the run [default: runs/METHOD].")
+        Path | None, typer.Option("--output", "--out", "-o", help="Folder of the run [default: runs/METHOD].")
     ] = None,
     preset: Annotated[
         str,
