@@ -20,7 +20,21 @@ _HOMES = {
 }
 _SUBPACKAGES = {"data", "kernels", "methods", "nn", "ops", "vault"}
 
-__all__ = [*_HOMES, *_SUBPACKAGES, "__version__"]
+__all__ = [
+    "PathError",
+    "UserError",
+    "__version__",
+    "create_model",
+    "data",
+    "kernels",
+    "list_models",
+    "load_official",
+    "methods",
+    "nn",
+    "ops",
+    "paths",
+    "vault",
+]
 
 if TYPE_CHECKING:
     from pyface.errors import UserError
@@ -37,4 +51,4 @@ def __getattr__(name: str):
 
 
 def __dir__():
-    return sorted(__all__)
+    return __all__

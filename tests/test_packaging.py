@@ -35,7 +35,7 @@ def without_torch(tmp_path_factory):
 def sdist(tmp_path_factory, without_torch):
     folder = tmp_path_factory.mktemp("sdist")
     source = folder / "source"
-    ignored = shutil.ignore_patterns("build", "dist", ".git", "*.egg-info", "__pycache__", ".venv", "*.so", "_build.json")
+    ignored = shutil.ignore_patterns("build", "dist", ".*", "*.egg-info", "__pycache__", "*.so", "_build.json")
     shutil.copytree(ROOT, source, ignore=ignored)
     run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", folder, source, env=without_torch)
     (archive,) = folder.glob("*.tar.gz")
