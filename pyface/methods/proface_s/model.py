@@ -109,7 +109,7 @@ class DenseSubnet(nn.Module):
         self.conv5 = nn.Conv2d(in_channels + 4 * growth, out_channels, 3, padding=1)
 
     def forward(self, stream: Tensor, key: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """Tensor[B, C, h, w], Tensor[B or 1, K, h, w] -> Tensor[B, out, h, w]; computes in ``dtype`` (None: stream's)."""
+        """Tensor[B, C, h, w], Tensor[B or 1, K, h, w] -> Tensor[B, out, h, w] in ``dtype`` (or stream's)."""
         dtype = dtype or stream.dtype
         inference = not torch.is_grad_enabled() or not any(t.requires_grad for t in (stream, key, *self.parameters()))
         if inference and stream.device.type == "cpu" and dtype in (torch.float32, torch.bfloat16):
