@@ -132,6 +132,8 @@ class BuildCores(build_ext):
             if ext.name == "pyface._cpu" or os.environ.get("PYFACE_CUDA", "auto") == "required":
                 raise SystemExit(f"pyface: building {ext.name} failed: {error}") from None
             self.record["cuda"]["reason"] = str(error)
+            for folder in self.homes():  # an older module must not outlive the record that says there is none
+                (folder / Path(self.get_ext_filename(ext.name)).name).unlink(missing_ok=True)
 
     def includes(self):
         import pybind11
@@ -218,11 +220,11 @@ class BuildCores(build_ext):
 
     def write_record(self):
         """_build.json beside the modules: what was built, how, and why the rest was not."""
-        for package in {
-            Path(self.get_ext_fullpath("pyface._cpu")).parent,
-            *([ROOT / "pyface"] if self.inplace else []),
-        }:
-            (package / "_build.json").write_text(json.dumps(self.record, indent=2) + "\n")
+        for folder in self.homes():
+            (folder / "_build.json").write_text(json.dumps(self.record, indent=2) + "\n")
+
+    def homes(self):
+        return {Path(self.get_ext_fullpath("pyface._cpu")).parent, *([ROOT / "pyface"] if self.inplace else [])}
 
 
 setup(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import colorsys
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -132,7 +133,8 @@ def _paint_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
 def _texture_file(name: str) -> np.ndarray:
     from skimage import data, io
 
-    picture = io.imread(f"{data.data_dir}/{name}")
+    # beside the module, where the wheel puts them; `data.data_dir` is a download cache when pooch is installed
+    picture = io.imread(Path(data.__file__).with_name(name))
     if picture.ndim == 2:
         picture = np.repeat(picture[..., None], 3, 2)
     return picture[..., :3]

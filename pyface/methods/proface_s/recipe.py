@@ -255,12 +255,16 @@ def wrong_key_map(batch: int, height: int, width: int, rng: np.random.Generator)
     for _ in range(batch):
         signs = random_key_map(1, height, width, rng)
         kind = rng.choice(
-            ("signs", "weak", "constant", "zeros", "normal", "blocks"), p=(0.5, 0.15, 0.1, 0.1, 0.05, 0.1)
+            ("signs", "weak", "constant", "checker", "zeros", "normal", "blocks"),
+            p=(0.4, 0.1, 0.2, 0.1, 0.05, 0.05, 0.1),
         )
         if kind == "weak":
             signs = signs * rng.random()
         elif kind == "constant":
-            signs = torch.full_like(signs, np.clip(rng.uniform(-1.5, 1.5), -1, 1))
+            signs = torch.full_like(signs, np.clip(rng.uniform(-2, 2), -1, 1))
+        elif kind == "checker":
+            parity = torch.arange(height)[:, None] + torch.arange(width)
+            signs = (signs[0, 0, 0, 0] * (1 - 2 * (parity % 2))).expand_as(signs)
         elif kind == "zeros":
             signs = torch.zeros_like(signs)
         elif kind == "normal":
