@@ -259,7 +259,7 @@ def _haar_cases(options: Options) -> list[Case]:
             operation,
             f"B={batch}",
             lambda operation=operation, batch=batch: _haar_peers(options, operation, batch, side),
-            targets=() if options.quick else (Target("pyface", "at most", 1.3, COPY),),
+            targets=() if options.quick else (Target("pyface, out=", "at most", 1.3, COPY),),
             memory=batch >= 32,
         )
         for operation in ("dwt", "idwt")
@@ -276,7 +276,7 @@ def _haar_peers(options: Options, operation: str, batch: int, side: int) -> list
         else (pyface.ops.haar_dwt2d, peers.hinet_dwt, peers.conv_dwt, torch.nn.functional.pixel_unshuffle)
     )
     weights = peers.haar_weights(3, device)
-    about = {"limit": (COPY, 1.0)}
+    about, out = {"limit": (COPY, 1.0)}, op(x)
 
     def freia(by_band):
         def make():
@@ -287,7 +287,7 @@ def _haar_peers(options: Options, operation: str, batch: int, side: int) -> list
 
     return [
         *_ours(options, CORE, lambda: op(x), **about),
-        *_haar_alone(options, x, inverse, about),
+        Peer("pyface, out=", lambda: op(x, out=out), **about),
         _compiled(options, eager, x, **about),
         Peer("HiNet", lambda: eager(x), **about),
         Peer("dense conv2d", lambda: conv(x, weights), **about),
@@ -296,24 +296,6 @@ def _haar_peers(options: Options, operation: str, batch: int, side: int) -> list
         Peer("pixel shuffle alone", lambda: shuffle(x, 2), **about),
         *_copies(x),
     ]
-
-
-def _haar_alone(options: Options, x: Tensor, inverse: bool, about: dict) -> list[Peer]:
-    if options.device != "cpu":
-        return []
-    reasons = CORE.reasons("cpu", "cpu", (x.dtype,), explicit=True)
-    if reasons:
-        return [Peer("pyface, result reused", None, why="; ".join(reasons), **about)]
-    from pyface import _cpu
-
-    out = torch.empty_like(x)
-    batch, channels, height, width = x.shape
-    sizes = (batch, channels // 4, height, width) if inverse else (batch, channels, height // 2, width // 2)
-
-    def call():
-        _cpu.haar(x.data_ptr(), out.data_ptr(), *sizes, 0, inverse, torch.get_num_threads())
-
-    return [Peer("pyface, result reused", call, **about)]
 
 
 # ---- op overhead -----------------------------------------------------------------------------------------------------

@@ -183,14 +183,16 @@ class _Compiled:
             )  # fmt: skip
         return grad_x, grad_s
 
-    def haar_dwt2d(self, x):
+    def haar_dwt2d(self, x, out=None):
         batch, channels, height, width = x.shape
-        out = torch.empty((batch, 4 * channels, height // 2, width // 2), dtype=x.dtype, device=x.device)
+        if out is None:
+            out = torch.empty((batch, 4 * channels, height // 2, width // 2), dtype=x.dtype, device=x.device)
         return self.run_haar(x, out, batch, channels, height // 2, width // 2, False)
 
-    def haar_idwt2d(self, bands):
+    def haar_idwt2d(self, bands, out=None):
         batch, channels, rows, cols = bands.shape
-        out = torch.empty((batch, channels // 4, 2 * rows, 2 * cols), dtype=bands.dtype, device=bands.device)
+        if out is None:
+            out = torch.empty((batch, channels // 4, 2 * rows, 2 * cols), dtype=bands.dtype, device=bands.device)
         return self.run_haar(bands, out, batch, channels // 4, rows, cols, True)
 
     def run_haar(self, source, out, batch, channels, rows, cols, inverse):
@@ -603,7 +605,30 @@ _HAAR["haar_dwt2d"] = _haar("haar_dwt2d", "haar_idwt2d")
 _HAAR["haar_idwt2d"] = _haar("haar_idwt2d", "haar_dwt2d")
 
 
-def haar_dwt2d(x: Tensor) -> Tensor:
+def _haar_into(name: str, x: Tensor, out: Tensor) -> Tensor:
+    """The transform written into `out`: at once where a compiled core can, else through a copy."""
+    _check_haar(name, x)
+    batch, channels, height, width = x.shape
+    forward = name == "haar_dwt2d"
+    shape = (
+        (batch, 4 * channels, height // 2, width // 2) if forward else (batch, channels // 4, 2 * height, 2 * width)
+    )
+    if out.shape != shape or out.dtype != x.dtype or out.device != x.device:
+        raise ValueError(
+            f"{name}: out must be {shape}, {x.dtype} on {x.device}, got {tuple(out.shape)}, {out.dtype} on {out.device}"
+        )
+    if torch.is_grad_enabled() and (x.requires_grad or out.requires_grad):
+        raise RuntimeError(f"{name}: out= has no gradient; call it under torch.no_grad() or without out")
+    path = chosen_path()
+    if type(x) is Tensor and type(out) is Tensor and out.is_contiguous() and not torch.compiler.is_compiling():
+        implementation = CORE.pick(x.device.type, (x.dtype,), path)
+        apart = x.untyped_storage().data_ptr() != out.untyped_storage().data_ptr()
+        if isinstance(implementation, _Compiled) and apart:
+            return getattr(implementation, name)(x, out)
+    return out.copy_(_HAAR[name](x, path))
+
+
+def haar_dwt2d(x: Tensor, *, out: Tensor | None = None) -> Tensor:
     """One level of the orthonormal 2-D Haar wavelet transform.
 
     With a, b, c, d the (even row, even column), (even, odd), (odd, even), (odd, odd) pixel of each 2 x 2 patch::
@@ -612,6 +637,8 @@ def haar_dwt2d(x: Tensor) -> Tensor:
 
     Args:
         x: Tensor[B, C, H, W], H and W even; float32, float64, bfloat16 or float16.
+        out: write the result here (no gradient). For results of 32 MiB and more, whose fresh pages cost several times
+            the transform, and for the smallest. Written at once if contiguous and apart from x, else through a copy.
 
     Returns:
         Tensor[B, 4C, H/2, W/2], contiguous, sub-band major (channel = band * C + c, bands LL, HL, LH, HH): order and
@@ -622,15 +649,16 @@ def haar_dwt2d(x: Tensor) -> Tensor:
     and rounded once. Differentiable to any order, forward mode, vmap.
 
     Raises:
-        ValueError: not 4-dimensional, or H or W odd. TypeError: not floating point.
+        ValueError: not 4-dimensional, H or W odd, or an `out` that does not fit. TypeError: not floating point.
+        RuntimeError: `out` where a gradient would be needed.
     """
-    return _HAAR["haar_dwt2d"](x, chosen_path())
+    return _HAAR["haar_dwt2d"](x, chosen_path()) if out is None else _haar_into("haar_dwt2d", x, out)
 
 
-def haar_idwt2d(bands: Tensor) -> Tensor:
-    """Inverse, and transpose, of `haar_dwt2d`: Tensor[B, 4C, h, w] to Tensor[B, C, 2h, 2w].
+def haar_idwt2d(bands: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Inverse, and transpose, of `haar_dwt2d`: Tensor[B, 4C, h, w] to Tensor[B, C, 2h, 2w]; `out` as there.
 
     Raises:
         ValueError: not 4-dimensional, or channels not a multiple of 4. TypeError: not floating point.
     """
-    return _HAAR["haar_idwt2d"](bands, chosen_path())
+    return _HAAR["haar_idwt2d"](bands, chosen_path()) if out is None else _haar_into("haar_idwt2d", bands, out)

@@ -501,6 +501,23 @@ def test_haar_layouts_and_empties():
     assert haar_idwt2d(torch.zeros(2, 0, 2, 2)).shape == (2, 0, 4, 4)
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_haar_into_a_given_tensor(path):
+    x = torch.randn(2, 3, 8, 10)
+    with pyface.paths(path):
+        expected = haar_dwt2d(x)
+        for out in (torch.full((2, 12, 4, 5), 7.0), torch.full((2, 16, 4, 5), 7.0)[:, 2:14]):
+            assert haar_dwt2d(x, out=out) is out
+            assert torch.equal(out, expected)
+        own = x.clone()
+        haar_idwt2d(own.view(2, 12, 5, 4), out=own.view(2, 3, 10, 8))  # in place: through a copy
+        assert torch.equal(own.view(2, 3, 10, 8), haar_idwt2d(x.view(2, 12, 5, 4)))
+        with pytest.raises(ValueError, match=r"out must be \(2, 12, 4, 5\), torch.float32 on cpu, got \(2, 12, 5, 4\)"):
+            haar_dwt2d(x, out=torch.empty(2, 12, 5, 4))
+        with pytest.raises(RuntimeError, match="out= has no gradient"):
+            haar_dwt2d(x.requires_grad_(), out=torch.empty(2, 12, 4, 5))
+
+
 # ---- torch integration ----------------------------------------------------------------------------------------------
 
 
