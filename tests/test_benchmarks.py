@@ -315,7 +315,10 @@ def test_results_of_one_case_agree(make_cases):
 
 
 def invoke(*words: str):
-    return CliRunner().invoke(app, ["bench", *words])
+    """The command, in this process, as from inside the checkout."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(FOLDER.parent)
+        return CliRunner().invoke(app, ["bench", *words])
 
 
 def test_bench_lists_what_there_is():
