@@ -54,6 +54,22 @@ def _check_coupling(x: Tensor, log_scale: Tensor, shift: Tensor, clamp: float, a
         )
 
 
+def _check_backward(grad_out, grad_log_det, value, log_scale, shift, clamp, activation, from_output) -> None:
+    if from_output and shift is None:
+        raise ValueError("affine_coupling_backward: from_output needs the shift, got None")
+    _check_shapes(value, log_scale, value if shift is None else shift)
+    _check_coupling(value, log_scale, log_scale if shift is None else shift, clamp, activation)
+    for name, grad, shape, dtype in (
+        ("grad_out", grad_out, value.shape, value.dtype),
+        ("grad_log_det", grad_log_det, value.shape[:1], _log_det_dtype(value)),
+    ):
+        if grad is not None and (grad.shape != shape or grad.dtype != dtype or grad.device != value.device):
+            raise ValueError(
+                f"affine_coupling_backward: {name} must be {tuple(shape)}, {dtype} on {value.device}, got "
+                f"{tuple(grad.shape)}, {grad.dtype} on {grad.device}"
+            )
+
+
 def _check_haar(name: str, x: Tensor) -> None:
     if x.dim() != 4:
         raise ValueError(f"{name}: expected a 4-dimensional tensor [B, C, H, W], got shape {tuple(x.shape)}")
@@ -283,6 +299,7 @@ def _forward_fake(x, log_scale, shift, clamp, activation, inverse, log_det, path
 def _backward(
     grad_out, grad_log_det, value, log_scale, shift, clamp, activation, inverse, from_output, needs_x, needs_s, path
 ):
+    _check_backward(grad_out, grad_log_det, value, log_scale, shift, clamp, activation, from_output)
     implementation = CORE.pick(value.device.type, (value.dtype, log_scale.dtype), path)
     value, grad_out, log_scale, shift = _align(value, grad_out, log_scale, shift)
     if grad_log_det is not None:
@@ -296,6 +313,7 @@ def _backward(
 def _backward_fake(
     grad_out, grad_log_det, value, log_scale, shift, clamp, activation, inverse, from_output, needs_x, needs_s, path
 ):
+    _check_backward(grad_out, grad_log_det, value, log_scale, shift, clamp, activation, from_output)
     grad_x = _empty(value) if needs_x else grad_out.new_empty(0)
     return grad_x, _empty(value, log_scale.dtype) if needs_s else grad_out.new_empty(0)
 
@@ -304,12 +322,12 @@ def _setup(ctx, inputs, output):
     x, log_scale, shift, ctx.clamp, ctx.activation, ctx.inverse, ctx.log_det, ctx.path = inputs
     ctx.set_materialize_grads(False)
     # The inverse is differentiated from its own output: it needs neither its input nor the shift.
-    ctx.save_for_backward(output[0] if ctx.inverse else x, log_scale, shift if ctx.inverse else None)
+    ctx.save_for_backward(output[0] if ctx.inverse else x, log_scale)
     ctx.shift_dtype = shift.dtype
 
 
 def _grads(ctx, grad_y, grad_log_det):
-    value, log_scale, _ = ctx.saved_tensors
+    value, log_scale = ctx.saved_tensors
     if not ctx.log_det:
         grad_log_det = None
     if grad_y is None:
@@ -341,7 +359,7 @@ def _sum_samples(v: Tensor) -> Tensor:
 
 
 def _jvp(ctx, dx, ds, dt, *_):
-    value, s, t = ctx.saved_tensors
+    value, s = ctx.saved_tensors
     log_gain = reference.clamped_log_scale(s, ctx.clamp, ctx.activation)
     through = 0 if ds is None else reference.log_scale_slopes(s, ctx.clamp, ctx.activation)[0] * ds
     sign = -1 if ctx.inverse else 1
@@ -547,6 +565,8 @@ def affine_coupling_backward_from_output(
         st = torch.promote_types(y.dtype, st)
     wide = torch.promote_types(y.dtype, st)
     s, t, v, g = log_scale.to(st), shift.to(st), y.to(wide), grad_y.to(wide)
+    if grad_log_det is not None:  # that of a sum over layers may be wider than this layer's own
+        grad_log_det = grad_log_det.to(_log_det_dtype(v))
     path = chosen_path()
     x, _ = _affine_coupling(v, s, t, float(clamp), clamp_activation, True, False, path)
     grad_x, grad_s = _affine_coupling_backward(

@@ -119,6 +119,28 @@ def test_any_invertible_module_fits():
         assert (ours - stored).abs().max() <= 1e-5 * stored.abs().max() + 1e-7
 
 
+class WideLogDet(Shuffle):
+    """Gives its log-determinant in float64, so that the sum over layers is float64 too."""
+
+    def forward(self, x, condition=None, *, return_log_det=False):
+        out = super().forward(x, condition, return_log_det=return_log_det)
+        return (out[0], out[1].double()) if return_log_det else out
+
+
+def test_a_wider_log_det_of_another_layer_does_not_reach_the_kernel_as_it_is():
+    rebuilding = InvertibleSequential(AffineCoupling(subnet(4, 8)), WideLogDet(8))
+    storing = copy.deepcopy(rebuilding)
+    storing.recompute = False
+    x, grads = torch.randn(2, 8, 5, 5, requires_grad=True), []
+    for model in (rebuilding, storing):
+        log_det = model(x, return_log_det=True)[1]
+        assert log_det.dtype == torch.float64
+        grads.append(torch.autograd.grad(log_det.sum(), [x, *model.parameters()], allow_unused=True))
+    for ours, stored in zip(*grads):
+        if stored is not None:
+            assert (ours - stored).abs().max() <= 1e-5 * stored.abs().max() + 1e-6
+
+
 def saved_bytes(model, x, c):
     """Bytes that autograd keeps between forward and backward, parameters and inputs aside."""
     own = {t.untyped_storage().data_ptr() for t in [x, c, *model.parameters()]}

@@ -41,14 +41,6 @@ def eager(x, s, t, *, clamp=2.0, clamp_activation="sigmoid", inverse=False):
     return (x - t) * torch.exp(-gain) if inverse else x * torch.exp(gain) + t
 
 
-@pytest.fixture(params=CPU.isas())
-def isa(request):
-    before = CPU.isa()
-    CPU.set_isa(request.param)
-    yield request.param
-    CPU.set_isa(before)
-
-
 # ---- values ---------------------------------------------------------------------------------------------------------
 
 
@@ -434,6 +426,17 @@ def test_errors_name_the_argument_expected_and_got():
         affine_coupling(x, s.to("meta"), t)
     with pytest.raises(ValueError, match="one shape"):
         torch.ops.pyface.affine_coupling(x, s[:1], t, 2.0, "sigmoid", False, False, None)
+    backward, options = torch.ops.pyface.affine_coupling_backward, (2.0, "tanh", False, False, True, True, None)
+    for grads, message in [
+        ((torch.zeros(2, 3), None), r"grad_out must be \(2, 4\)"),
+        ((x.double(), None), "grad_out must be .*float32 on cpu, got .*float64"),
+        ((x, torch.zeros(2).double()), "grad_log_det must be .*float32 on cpu, got .*float64"),
+        ((x, torch.zeros(3)), r"grad_log_det must be \(2,\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            backward(*grads, x, s, None, *options)
+    with pytest.raises(ValueError, match="from_output needs the shift"):
+        backward(x, None, x, s, None, 2.0, "tanh", False, True, True, True, None)
     with pytest.raises(ValueError, match="height and width must be even, got 3 x 4"):
         haar_dwt2d(torch.zeros(1, 1, 3, 4))
     with pytest.raises(ValueError, match=r"4-dimensional tensor \[B, C, H, W\], got shape \(4, 4\)"):

@@ -33,14 +33,6 @@ NETS = [  # channels of x, outputs of each layer
 SIZES = [(1, 1), (1, 7), (17, 31), (64, 64), (128, 128)]
 
 
-@pytest.fixture(params=CPU.isas())
-def isa(request):
-    before = CPU.isa()
-    CPU.set_isa(request.param)
-    yield request.param
-    CPU.set_isa(before)
-
-
 def network(channels, outs, dtype=F32):
     weights, biases = [], []
     for out in outs:
