@@ -9,8 +9,8 @@
 
 #include "cpu/dense_block.h"
 
+#include "cpu/blocks.h"
 #include "cpu/parallel.h"
-#include "cpu/simd.h"
 
 namespace pyface::cpu::PYFACE_ISA {
 namespace {
@@ -31,55 +31,10 @@ constexpr std::int64_t kBlock = 16;
 constexpr std::int64_t kImageRows = 128;          // images are taken together until they have this many rows
 constexpr std::int64_t kSerialProducts = 200000;  // below this a team costs more than it saves
 
-// ---- arithmetic of one element type ---------------------------------------------------------------------------------
-
 // Without a bf16 dot product, bf16 numbers are kept in float: the same roundings at float's speed.
 template <class T>
 bool emulates_bf16(const DenseBlock& a) {
   return a.compute == DType::bf16 && sizeof(T) == sizeof(float);
-}
-PYFACE_INLINE f32v rounded(f32v v) { return (f32v)(round_to_bf16(v) << 16); }
-
-template <class T>
-struct Arithmetic;
-
-template <>
-struct Arithmetic<float> {
-  static constexpr int pair = 1;  // channels that one step takes
-  typedef f32v operand;
-  PYFACE_INLINE operand broadcast(const float* p) { return *p - operand{}; }
-  PYFACE_INLINE f32v multiply_add(operand x, operand w, f32v sum) { return sum + x * w; }
-  PYFACE_INLINE operand join(const f32v v[pair]) { return v[0]; }
-  PYFACE_INLINE void store_features(float* p, f32v v) { store(p, v); }
-};
-
-#if defined(__AVX512BF16__)
-template <>
-struct Arithmetic<bf16> {
-  static constexpr int pair = 2;
-  typedef u32v operand;
-  PYFACE_INLINE operand broadcast(const bf16* p) {
-    std::uint32_t both;
-    std::memcpy(&both, p, sizeof both);
-    return both - operand{};
-  }
-  PYFACE_INLINE f32v multiply_add(operand x, operand w, f32v sum) {
-    return (f32v)_mm512_dpbf16_ps((__m512)sum, (__m512bh)x, (__m512bh)w);
-  }
-  PYFACE_INLINE operand join(const f32v v[pair]) { return round_to_bf16(v[0]) | (round_to_bf16(v[1]) << 16); }
-  PYFACE_INLINE void store_features(bf16* p, f32v v) {
-    const __m256bh h = _mm512_cvtneps_pbh((__m512)v);
-    std::memcpy(p, &h, sizeof h);
-  }
-};
-#endif
-
-PYFACE_INLINE float widen(float v) { return v; }
-PYFACE_INLINE float widen(bf16 v) {
-  const std::uint32_t bits = (std::uint32_t)v.bits << 16;
-  float wide;
-  std::memcpy(&wide, &bits, sizeof wide);
-  return wide;
 }
 
 // ---- the plan: sizes, and where in the scratch buffer everything lies -----------------------------------------------
@@ -114,20 +69,6 @@ struct Plan {
   std::int64_t images;     // taken together
   std::int64_t shares;     // of the rows, for the threads
   std::int64_t bytes;
-};
-
-PYFACE_INLINE std::int64_t ceil_div(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
-PYFACE_INLINE std::int64_t round_up(std::int64_t a, std::int64_t b) { return ceil_div(a, b) * b; }
-
-struct Carver {
-  char* base;  // null: only count
-  std::int64_t used = 0;
-  template <class U>
-  U* take(std::int64_t count) {
-    U* p = base ? reinterpret_cast<U*>(base + used) : nullptr;
-    used += round_up(count * (std::int64_t)sizeof(U), 64);
-    return p;
-  }
 };
 
 template <class T>
@@ -295,7 +236,7 @@ __attribute__((noinline)) void activate(const float* sums, int pixels, float slo
   for (int p = 0; p < pixels; ++p, sums += kVectors * kLanes, to += kBlock) {
     f32v sum = load(sums);
     sum = sum > 0.0f ? sum : sum * slope;
-    Arithmetic<T>::store_features(to, round ? rounded(sum) : sum);
+    Arithmetic<T>::store_factors(to, round ? rounded(sum) : sum);
   }
 }
 
@@ -324,31 +265,6 @@ void run_tile(const Plan<T>& plan, const Layer<T>& layer, const T* in, std::int6
 
 // ---- rows -----------------------------------------------------------------------------------------------------------
 
-// kLanes rows of as many elements become columns.
-PYFACE_INLINE void transpose(f32v v[kLanes]) {
-  for (int n = 1; n < kLanes; n *= 2) {
-    f32v w[kLanes];
-    for (int i = 0; i < kLanes / 2; ++i) interleave(v[i], v[i + kLanes / 2], w[2 * i], w[2 * i + 1]);
-    for (int i = 0; i < kLanes; ++i) v[i] = w[i];
-  }
-}
-
-// The first `count` elements from p on, `stride` apart; zero beyond.
-template <class X>
-PYFACE_INLINE f32v load_some(const X* p, std::int64_t stride, std::int64_t count) {
-  if (stride == 1 && count >= kLanes) return load(p);
-  float row[kLanes] = {};
-  for (std::int64_t i = 0; i < count && i < kLanes; ++i) row[i] = widen(p[i * stride]);
-  return load(row);
-}
-template <class X>
-PYFACE_INLINE void store_some(X* p, std::int64_t stride, std::int64_t count, f32v v) {
-  if (stride == 1 && count >= kLanes) return store(p, v);
-  X row[kLanes];
-  store(row, v);
-  for (std::int64_t i = 0; i < count && i < kLanes; ++i) p[i * stride] = row[i];
-}
-
 // A row of x into the buffer, and zeros beside it. Pad channels become zero: the last pair may read one.
 template <class X, class T>
 void take_row(const DenseBlock& a, const Plan<T>& plan, std::int64_t image, std::int64_t y, T* row) {
@@ -375,7 +291,7 @@ void take_row(const DenseBlock& a, const Plan<T>& plan, std::int64_t image, std:
         if (emulates_bf16<T>(a)) v[i] = rounded(v[i]);
       }
       transpose(v);
-      for (std::int64_t i = 0; i < pixels; ++i) Arithmetic<T>::store_features(to + (x + i) * kBlock, v[i]);
+      for (std::int64_t i = 0; i < pixels; ++i) Arithmetic<T>::store_factors(to + (x + i) * kBlock, v[i]);
     }
   }
 }
