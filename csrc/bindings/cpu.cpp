@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "cpu/coupling.h"
+#include "cpu/deform_conv.h"
 #include "cpu/dense_block.h"
 
 namespace py = pybind11;
@@ -100,6 +101,19 @@ struct WorkBuffer {
   }
 };
 
+// Calls work(scratch) with a buffer of `bytes`, a multiple of 64.
+template <class Work>
+void with_scratch(const char* name, std::int64_t bytes, Work work) {
+  WorkBuffer buffer = WorkBuffer::take(bytes);
+  if (!buffer.data) {
+    const std::string what = std::string(name) + ": no memory for a work buffer of " + std::to_string(bytes) + " bytes";
+    py::set_error(PyExc_MemoryError, what.c_str());
+    throw py::error_already_set();
+  }
+  work(buffer.data.get());
+  WorkBuffer::give_back(std::move(buffer));
+}
+
 // parts: (address, channels, batch stride, channel stride, row stride, column stride); layers: (weight, bias, outputs).
 typedef std::tuple<Address, std::int64_t, std::int64_t, std::int64_t, std::int64_t, std::int64_t> PartTuple;
 typedef std::tuple<Address, Address, std::int64_t> LayerTuple;
@@ -125,14 +139,63 @@ void dense_block(const std::vector<PartTuple>& parts, const std::vector<LayerTup
                         static_cast<DType>(compute),
                         slope};
   const std::int64_t bytes = PYFACE_CALL(dense_block_scratch, args, threads);
-  WorkBuffer work = WorkBuffer::take(bytes);
-  if (!work.data) {
-    const std::string what = "dense_block: no memory for a work buffer of " + std::to_string(bytes) + " bytes";
-    py::set_error(PyExc_MemoryError, what.c_str());
-    throw py::error_already_set();
-  }
-  PYFACE_CALL(dense_block, args, work.data.get(), threads);
-  WorkBuffer::give_back(std::move(work));
+  with_scratch("dense_block", bytes, [&](void* scratch) { PYFACE_CALL(dense_block, args, scratch, threads); });
+}
+
+// (batch, channels, height, width, outs, out height, out width, groups, offset groups), then kernel, stride, padding and
+// dilation as (y, x).
+DeformConvShape deform_conv_shape(const std::array<std::int64_t, 9>& sizes, const std::array<std::int64_t, 8>& geometry) {
+  const auto& [n, c, h, w, o, oh, ow, groups, offset_groups] = sizes;
+  const auto& g = geometry;
+  return {n, c, h, w, o, oh, ow, {g[0], g[1]}, {g[2], g[3]}, {g[4], g[5]}, {g[6], g[7]}, groups, offset_groups};
+}
+
+typedef std::array<std::int64_t, 4> Strides;
+
+void deform_conv(const std::array<std::int64_t, 9>& sizes, const std::array<std::int64_t, 8>& geometry, Address input,
+                 const Strides& strides, Address offset, std::int64_t offset_stride, Address mask, std::int64_t mask_stride,
+                 Address weight, Address bias, Address result, bool channels_last, int type, int offset_type, int threads) {
+  const DeformConv args{deform_conv_shape(sizes, geometry),
+                        in(input),
+                        {strides[0], strides[1], strides[2], strides[3]},
+                        in(offset),
+                        offset_stride,
+                        in(mask),
+                        mask_stride,
+                        in(weight),
+                        in(bias),
+                        out(result),
+                        channels_last,
+                        static_cast<DType>(type),
+                        static_cast<DType>(offset_type)};
+  const std::int64_t bytes = PYFACE_CALL(deform_conv_scratch, args, threads);
+  with_scratch("deform_conv2d", bytes, [&](void* scratch) { PYFACE_CALL(deform_conv, args, scratch, threads); });
+}
+
+void deform_conv_backward(const std::array<std::int64_t, 9>& sizes, const std::array<std::int64_t, 8>& geometry,
+                          Address grad_out, Address input, const Strides& strides, Address offset,
+                          std::int64_t offset_stride, Address mask, std::int64_t mask_stride, Address weight,
+                          Address grad_input, bool channels_last, Address grad_offset, Address grad_mask,
+                          Address grad_weight, int type, int offset_type, int threads) {
+  const DeformConvBackward args{deform_conv_shape(sizes, geometry),
+                                in(grad_out),
+                                in(input),
+                                {strides[0], strides[1], strides[2], strides[3]},
+                                in(offset),
+                                offset_stride,
+                                in(mask),
+                                mask_stride,
+                                in(weight),
+                                out(grad_input),
+                                channels_last,
+                                out(grad_offset),
+                                out(grad_mask),
+                                out(grad_weight),
+                                static_cast<DType>(type),
+                                static_cast<DType>(offset_type)};
+  const std::int64_t bytes = PYFACE_CALL(deform_conv_backward_scratch, args, threads);
+  with_scratch("deform_conv2d_backward", bytes,
+               [&](void* scratch) { PYFACE_CALL(deform_conv_backward, args, scratch, threads); });
 }
 
 void set_isa(const std::string& name) {
@@ -158,6 +221,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("coupling_backward", &coupling_backward);
   m.def("haar", &haar);
   m.def("dense_block", &dense_block);
+  m.def("deform_conv", &deform_conv);
+  m.def("deform_conv_backward", &deform_conv_backward);
   m.def("isa", [] { return kIsaNames[static_cast<int>(current_isa)]; }, "The instruction set in use");
   m.def("isas", &isas, "Every instruction set this machine can run, best last");
   m.def("set_isa", &set_isa, "Use another instruction set than the best one");

@@ -6,6 +6,17 @@ Every op takes and returns ordinary tensors, works under autograd, forward mode,
 
 from pyface.ops._paths import PATHS, PathError, paths, table
 from pyface.ops.coupling import affine_coupling, haar_dwt2d, haar_idwt2d
+from pyface.ops.deform_conv import deform_conv2d
 from pyface.ops.dense_block import dense_block
 
-__all__ = ["PATHS", "PathError", "affine_coupling", "dense_block", "haar_dwt2d", "haar_idwt2d", "paths", "table"]
+__all__ = [
+    "PATHS",
+    "PathError",
+    "affine_coupling",
+    "deform_conv2d",
+    "dense_block",
+    "haar_dwt2d",
+    "haar_idwt2d",
+    "paths",
+    "table",
+]
