@@ -24,8 +24,10 @@ constexpr std::int64_t kBlock = 16;       // channels that lie together in the c
 constexpr std::int64_t kPixels = 112;     // of a tile, at most: a multiple of the rows of a register tile and of the lanes
 constexpr int kVectors = 2;               // vectors of sums in a row of a register tile
 constexpr std::int64_t kSteps = 768;      // products in one running sum: about oneDNN's rounding error
+constexpr std::int64_t kNeighbours = 4;   // pixels that are sampled together
 constexpr std::int64_t kFewPixels = 64;   // of all images together: from here on the weights cost more than the products
-constexpr std::int64_t kBudget = 2 << 20;         // bytes for each thread, for packed weights and again for images
+constexpr std::int64_t kWeightBytes = 4 << 20;    // of packed weights for each thread; more weights are taken in stages
+constexpr std::int64_t kImageBytes = 1 << 20;     // of copied images for each thread, but at least one image
 constexpr std::int64_t kSerialProducts = 200000;  // below this a team costs more than it saves
 
 // Rows of a register tile: with two vectors of sums each, two factors and a broadcast they fill the registers.
@@ -386,7 +388,7 @@ Forward<X, T> plan_forward(const DeformConv& a, void* scratch, int threads) {
   const bool usable = whole && st[1] == 1 && st[2] == s.width * st[3];
   const std::int64_t image = s.height * s.width;
   f.pitch = usable ? st[3] : round_up(s.channels, kBlock);
-  const std::int64_t room = threads * kBudget / (image * f.pitch * (std::int64_t)sizeof(X) + 1);
+  const std::int64_t room = threads * kImageBytes / (image * f.pitch * (std::int64_t)sizeof(X) + 1);
   f.images = usable ? 0 : smaller(larger(room, 1), s.batch);
   if (f.few && !usable) f.images = s.batch;
   f.zeros = carver.take<X>(round_up(s.channels, kBlock) + kBlock);
@@ -402,7 +404,7 @@ Forward<X, T> plan_forward(const DeformConv& a, void* scratch, int threads) {
     f.chunk_blocks = 1;
   } else {
     const std::int64_t panel = f.steps * kWide<T> * pair * (std::int64_t)sizeof(T), panels = s.groups * f.group_panels;
-    const std::int64_t stages = ceil_div(panels, larger(threads * kBudget / panel, 1));
+    const std::int64_t stages = ceil_div(panels, larger(threads * kWeightBytes / panel, 1));
     f.stage_panels = ceil_div(panels, stages);
     f.weights = carver.take<T>(f.stage_panels * f.steps * kWide<T> * pair);
   }
@@ -452,8 +454,10 @@ void pack_panel(const DeformConv& a, const Forward<X, T>& f, std::int64_t panel,
     const std::int64_t pairs = ceil_div(count, A::pair);
     for (int v = 0; v < kVectors; ++v) {
       for (std::int64_t t = 0; t < n; t += W) {  // rows of `rows` are [channel][tap], as the weights lie
-        for (int i = 0; i < W; ++i)
+        for (int i = 0; i < W; ++i) {
+          if (v * W + i < outs) __builtin_prefetch(from + (v * W + i) * length + first + t + n);  // of the next block
           rows[t + i] = v * W + i < outs ? load_some(from + (v * W + i) * length + first + t, 1, n - t) : Sum<T>{};
+        }
         transpose(rows + t);
       }
       for (std::int64_t c = 0; c < count; c += A::pair)
@@ -475,29 +479,27 @@ void sample(const Forward<X, T>& f, const X* from, std::int64_t outside, const T
             std::int64_t pixels, const std::int64_t* counts, std::int64_t blocks, T* to) {
   typedef typename Storage<X>::vector V;
   constexpr int W = Lanes<V>::count;
-  for (std::int64_t k = 0; k < f.taps; ++k) {
-    const auto* const index = taps.index + k * 4 * kPixels;
-    const auto* const weight = taps.weight + k * 4 * kPixels;
-    T* column = to + k * kPixels * kBlock;
-    for (std::int64_t p = 0; p < pixels; ++p, column += kBlock) {
-      const X* corner[4];
-      V w[4];
+  // All taps of a few neighbours before the next ones: what they read stays in the first cache.
+  for (std::int64_t begin = 0; begin < pixels; begin += kNeighbours)
+    for (std::int64_t k = 0; k < f.taps; ++k)
+      for (std::int64_t p = begin; p < begin + kNeighbours && p < pixels; ++p) {
+        const X* corner[4];
+        V w[4];
 #pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) {
-        const std::int64_t at = index[i * kPixels + p];
-        corner[i] = at == outside ? f.zeros : from + at * f.pitch;
-        w[i] = splat<V>(weight[i * kPixels + p]);
-      }
-      T* here = column;
-      for (std::int64_t c = 0; c < blocks * kBlock; here += f.taps * kPixels * kBlock)
-#pragma GCC unroll 4
-        for (int v = 0; v < kBlock / W; ++v, c += W) {
-          const V s = load(corner[0] + c) * w[0] + load(corner[1] + c) * w[1] + load(corner[2] + c) * w[2] +
-                      load(corner[3] + c) * w[3];
-          Arithmetic<T>::store_factors(here + v * W, Forward<X, T>::kRound ? rounded(s) : s);
+        for (int i = 0; i < 4; ++i) {
+          const std::int64_t at = taps.index[(k * 4 + i) * kPixels + p];
+          corner[i] = at == outside ? f.zeros : from + at * f.pitch;
+          w[i] = splat<V>(taps.weight[(k * 4 + i) * kPixels + p]);
         }
-    }
-  }
+        T* here = to + (k * kPixels + p) * kBlock;
+        for (std::int64_t c = 0; c < blocks * kBlock; here += f.taps * kPixels * kBlock)
+#pragma GCC unroll 4
+          for (int v = 0; v < kBlock / W; ++v, c += W) {
+            const V s = load(corner[0] + c) * w[0] + load(corner[1] + c) * w[1] + load(corner[2] + c) * w[2] +
+                        load(corner[3] + c) * w[3];
+            Arithmetic<T>::store_factors(here + v * W, Forward<X, T>::kRound ? rounded(s) : s);
+          }
+      }
   if constexpr (Arithmetic<T>::pair > 1)
     for (std::int64_t b = 0; b < blocks; ++b)
       if (counts[b] % Arithmetic<T>::pair)

@@ -33,11 +33,11 @@ def _pair(name: str, value: int | Pair, least: int) -> Pair:
 
 
 def _check(input, offset, weight, bias, mask, stride, padding, dilation) -> None:
-    if input.dim() != 4 or min(input.shape[1:]) < 1:
+    if input.dim() != 4 or any(n < 1 for n in input.shape[1:]):
         raise ValueError(
             f"deform_conv2d: input must be Tensor[N, C, H, W] with C, H and W >= 1, got shape {tuple(input.shape)}"
         )
-    if weight.dim() != 4 or min(weight.shape) < 1:
+    if weight.dim() != 4 or any(n < 1 for n in weight.shape):
         raise ValueError(
             "deform_conv2d: weight must be Tensor[O, C/groups, kernel height, kernel width], none of them 0; got shape "
             f"{tuple(weight.shape)}"
@@ -51,7 +51,7 @@ def _check(input, offset, weight, bias, mask, stride, padding, dilation) -> None
         )
     taps = kernel_height * kernel_width
     size = reference.output_size((height, width), (kernel_height, kernel_width), stride, padding, dilation)
-    if min(size) < 1:
+    if any(n < 1 for n in size):
         raise ValueError(
             f"deform_conv2d: the kernel {kernel_height} x {kernel_width}, dilation {tuple(dilation)}, is larger than "
             f"the padded input, {height + 2 * padding[0]} x {width + 2 * padding[1]}"
@@ -60,8 +60,8 @@ def _check(input, offset, weight, bias, mask, stride, padding, dilation) -> None
     if groups < 1 or offset.shape != (batch, 2 * groups * taps, *size) or channels % groups:
         raise ValueError(
             f"deform_conv2d: offset must be Tensor[{batch}, 2 * G * {taps}, {size[0]}, {size[1]}] (batch, offset "
-            f"groups G times {kernel_height} x {kernel_width} taps, output size) with G a divisor of the input's {channels} "
-            f"channels; got shape {tuple(offset.shape)}"
+            f"groups G times {kernel_height} x {kernel_width} taps, output size) with G a divisor of the input's "
+            f"{channels} channels; got shape {tuple(offset.shape)}"
         )
     if mask is not None and mask.shape != (batch, groups * taps, *size):
         raise ValueError(
@@ -290,6 +290,8 @@ def _grads(ctx, grad):
 def _jvp(ctx, d_input, d_offset, d_weight, d_bias, d_mask, *_):
     """The tangent in plain PyTorch: correct, and several times slower than the op."""
     input, offset, weight, mask = ctx.saved_tensors
+    if not len(input):
+        return _empty(input, offset, weight)
     tensors = (input, offset, weight, mask, d_input, d_offset, d_weight, d_mask)
     out = reference.tangent(*(_widened(t, input) for t in tensors), ctx.stride, ctx.padding, ctx.dilation)
     if d_bias is not None:
@@ -307,7 +309,10 @@ def _second_order(ctx, *cotangents):
     """Gradients of the gradients in plain, again differentiable, PyTorch: correct, and several times slower."""
     saved = ctx.saved_tensors
     input = saved[1]
-    wanted = [_widened(v, input) if need else None for v, need in zip(cotangents, ctx.needs, strict=True)]
+    if not len(input):
+        return (*(None if t is None else torch.zeros_like(t) for t in saved), *[None] * 8)
+    given = (need and t is not None for need, t in zip(ctx.needs, saved[1:], strict=True))
+    wanted = [_widened(v, input) if need else None for v, need in zip(cotangents, given, strict=True)]
     found = reference.second_order(*(_widened(t, input) for t in saved), *wanted, ctx.stride, ctx.padding, ctx.dilation)
     return (*(None if g is None else g.to(t.dtype) for g, t in zip(found, saved, strict=True)), *[None] * 8)
 
