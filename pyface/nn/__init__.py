@@ -1,5 +1,13 @@
 """Drop-in layers on top of `pyface.ops`."""
 
 from pyface.nn.coupling import AffineCoupling, HaarDWT2d, InvertibleSequential
+from pyface.nn.deform_conv import DeformConv2d, ModulatedDeformConv2d, replace_deform_conv
 
-__all__ = ["AffineCoupling", "HaarDWT2d", "InvertibleSequential"]
+__all__ = [
+    "AffineCoupling",
+    "DeformConv2d",
+    "HaarDWT2d",
+    "InvertibleSequential",
+    "ModulatedDeformConv2d",
+    "replace_deform_conv",
+]
