@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import importlib
 from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -140,6 +142,67 @@ def freia_haar(channels: int, height: int, width: int, device: str, by_band: boo
         [(channels, height, width)], order_by_wavelet=by_band, rebalance=0.5 if inverse else 1.0
     ).to(device)
     return lambda x: module((x,), rev=inverse)[0][0]
+
+
+# ---- deformable convolution ------------------------------------------------------------------------------------------
+
+
+def why_no(module: str, package: str) -> str:
+    """Empty if a module can be used."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:  # whatever a foreign package does at import
+        return f"{package} does not load (pip install {package}): {error}"
+    return ""
+
+
+def onnx_deform_conv(
+    x: Tensor, offset: Tensor, weight: Tensor, bias: Tensor, mask: Tensor, threads: int
+) -> Callable[[], Tensor]:
+    """The standard operator (opset 19) in ONNX Runtime: 3 x 3, padding 1, weights in the model."""
+    import onnxruntime
+    from onnx import TensorProto, helper, numpy_helper
+
+    inputs = {"x": x, "offset": offset, "mask": mask}
+    node = helper.make_node(
+        "DeformConv",
+        ["x", "weight", "offset", "bias", "mask"],
+        ["y"],
+        kernel_shape=[3, 3],
+        pads=[1] * 4,
+        offset_group=offset.shape[1] // 18,
+    )
+    graph = helper.make_graph(
+        [node],
+        "deform_conv",
+        [helper.make_tensor_value_info(name, TensorProto.FLOAT, list(t.shape)) for name, t in inputs.items()],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
+        [numpy_helper.from_array(t.numpy(), name) for name, t in (("weight", weight), ("bias", bias))],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    feed = {name: t.numpy() for name, t in inputs.items()}
+    return lambda: torch.from_numpy(session.run(None, feed)[0])
+
+
+def openvino_deform_conv(
+    x: Tensor, offset: Tensor, weight: Tensor, mask: Tensor, threads: int
+) -> Callable[[], Tensor]:
+    """OpenVINO's operator in float32: 3 x 3, padding 1, weights in the model. It has no bias."""
+    import openvino
+    from openvino import opset8
+
+    parameters = [opset8.parameter(list(t.shape), np.float32) for t in (x, offset, mask)]
+    node = opset8.deformable_convolution(
+        parameters[0], parameters[1], opset8.constant(weight.numpy()), [1, 1], [1, 1], [1, 1], [1, 1],
+        mask=parameters[2], deformable_group=offset.shape[1] // 18, bilinear_interpolation_pad=True,
+    )  # fmt: skip
+    hints = {"INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": "f32"}
+    request = openvino.Core().compile_model(openvino.Model([node], parameters), "CPU", hints).create_infer_request()
+    feed = [t.numpy() for t in (x, offset, mask)]
+    return lambda: torch.from_numpy(request.infer(feed, share_inputs=True, share_outputs=True)[0])
 
 
 # ---- PRO-Face S ------------------------------------------------------------------------------------------------------

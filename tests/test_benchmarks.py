@@ -19,11 +19,12 @@ from pyface.cli.bench import _load, find_benchmarks
 from pyface.cli.main import app
 from pyface.errors import UserError
 from pyface.methods.proface_s.model import DenseSubnet, ProFaceS
+from pyface.ops import deform_conv2d
 from pyface.ops.reference import coupling as twin
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 harness, coupling = _load(FOLDER, "coupling")
-from benchmarks import peers, proface_s  # noqa: E402 - _load has made the package known
+from benchmarks import deform_conv, peers, proface_s  # noqa: E402 - _load has made the package known
 
 QUICK = harness.Options(quick=True)
 
@@ -285,11 +286,14 @@ def test_flops_count_what_torch_counts():
 
 
 SAME_RESULT = (
-    "FrEIA", "HiNet", "dense conv2d", "pyface.ops.dense_block fp32", "cat, NCHW fp32", "cat, channels_last fp32"
+    "FrEIA", "HiNet", "dense conv2d", "pyface.ops.dense_block fp32", "cat, NCHW fp32", "cat, channels_last fp32",
+    "torchvision", "ONNX Runtime",
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("make_cases", [coupling.cases, proface_s.cases], ids=["coupling", "proface_s"])
+@pytest.mark.parametrize(
+    "make_cases", [coupling.cases, deform_conv.cases, proface_s.cases], ids=["coupling", "deform_conv", "proface_s"]
+)
 def test_results_of_one_case_agree(make_cases):
     """Peers that return the very thing pyface returns must return the same values, gradients too."""
     checked = 0
@@ -309,6 +313,15 @@ def test_results_of_one_case_agree(make_cases):
                 )
                 checked += 1
     assert checked >= 4
+
+
+def test_openvino_computes_the_same_without_the_bias():
+    if why := peers.why_no("openvino", "openvino"):
+        pytest.skip(why)
+    x, offset, weight, _, mask = deform_conv._tensors(QUICK, (2, 6, 4, 9, 2))
+    call = peers.openvino_deform_conv(x, offset, weight, mask, 1)
+    expected = deform_conv2d(x, offset, weight, padding=1, mask=mask)
+    torch.testing.assert_close(call(), expected, rtol=1e-4, atol=1e-4)
 
 
 # ---- the command -----------------------------------------------------------------------------------------------------
