@@ -67,14 +67,38 @@ def test_offsets_are_64_bit_and_divisions_exact(entries):
 
 
 @pytest.mark.slow
+def test_deform_conv_is_multiplied_by_tensor_cores_where_its_types_allow(tmp_path):
+    ptx = tmp_path / "deform_conv.ptx"
+    nvcc(*FLAGS, "-ptx", "-arch=compute_90", CSRC / "cuda" / "deform_conv.cu", "-o", ptx)
+    _, *pieces = re.split(r"\.entry (\w+)\(", ptx.read_text())
+    entries = dict(zip(pieces[::2], pieces[1::2], strict=True))
+    counted = {"forward": 0, "columns": 0, "weight": 0}
+    cores = {"6__half": "f16", "13__nv_bfloat16": "bf16"}
+    for name, body in entries.items():
+        kind = re.search(r"(?<!sum_)(forward|columns|weight)_kernelI(f|d|6__half|13__nv_bfloat16)Lb([01])E", name)
+        assert not re.search(r"div\.(approx|full)", body), f"{name}: fast-math slipped in"
+        if not kind:
+            continue
+        counted[kind[1]] += 1
+        type_ = "tf32" if kind[3] == "1" else cores.get(kind[2])
+        assert ("wmma.mma" in body) == (type_ is not None), name
+        # f16 goes without saying in the name of an instruction
+        assert all(type_ in line for line in re.findall(r"wmma\.mma\S+", body)) or type_ == "f16", name
+        if kind[1] != "columns":
+            assert re.search(r"ld\.global\.v\d", body), f"{name}: corners are not read in vectors"
+    assert counted == {"forward": 11, "columns": 5, "weight": 11}
+
+
+@pytest.mark.slow
 def test_module_links_and_imports_without_a_gpu(tmp_path):
     pybind11 = pytest.importorskip("pybind11")
-    objects = [tmp_path / "coupling.o", tmp_path / "bindings.o"]
+    objects = [tmp_path / "coupling.o", tmp_path / "deform_conv.o", tmp_path / "bindings.o"]
     flags = [*FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", '-DPYFACE_CUDA_ARCHS="80;90"']
     archs = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]", "--threads=2"]
-    nvcc(*flags, *archs, "-c", CSRC / "cuda" / "coupling.cu", "-o", objects[0])
+    for target in objects[:2]:
+        nvcc(*flags, *archs, "-c", CSRC / "cuda" / f"{target.stem}.cu", "-o", target)
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    nvcc(*flags, *includes, "-c", CSRC / "bindings" / "cuda.cpp", "-o", objects[1])
+    nvcc(*flags, *includes, "-c", CSRC / "bindings" / "cuda.cpp", "-o", objects[2])
     module = tmp_path / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     nvcc("-shared", "-cudart=static", *objects, "-o", module)
     code = """
@@ -90,8 +114,15 @@ except RuntimeError as error:
 if devices == 0:
     # The op table's own calls reach the runtime (their arguments fit) and come back as its error.
     import torch
+    from pyface.ops._deform_conv_gpu import Cuda
     from pyface.ops.coupling import _Cuda
 
+    conv = Cuda(_cuda)
+    conv.where = lambda tensor: (0, 0)
+    geometry = (1, 1), (1, 1), (1, 1)
+    tensors = torch.zeros(2, 4, 5, 5), torch.zeros(2, 36, 5, 5), torch.zeros(6, 2, 3, 3)
+    mask, grad = torch.zeros(2, 18, 5, 5), torch.zeros(2, 6, 5, 5)
+    ones = [tuple(i == j for j in range(4)) for i in range(4)]
     core, x = _Cuda(_cuda), torch.zeros(2, 4, 2, 2)
     core.where = lambda tensor: (0, 0)
     options = dict(clamp=2.0, activation="sigmoid", inverse=False)
@@ -101,6 +132,10 @@ if devices == 0:
         lambda: core.backward(x, None, x, x, x, from_output=True, needs_x=True, needs_s=True, **options),
         lambda: core.haar_dwt2d(x),
         lambda: core.haar_idwt2d(x),
+        lambda: conv.forward(*tensors, None, mask, *geometry),
+        lambda: conv.forward(*tensors, torch.zeros(6), None, *geometry),
+        *(lambda needs=needs: conv.backward(grad, *tensors, mask, *geometry, needs) for needs in ones),
+        lambda: torch.use_deterministic_algorithms(True) or conv.backward(grad, *tensors, mask, *geometry, ones[0]),
     ):
         try:
             call()

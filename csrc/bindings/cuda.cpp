@@ -2,11 +2,14 @@
 // of the CUDA runtime becomes a RuntimeError.
 #include <cuda_runtime.h>
 #include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
 
+#include <array>
 #include <stdexcept>
 #include <string>
 
 #include "cuda/coupling.h"
+#include "cuda/deform_conv.h"
 
 #ifndef PYFACE_CUDA_ARCHS
 #define PYFACE_CUDA_ARCHS ""
@@ -106,6 +109,88 @@ void haar(Address input, Address output, std::int64_t batch, std::int64_t channe
   check(pyface::cuda::haar(call, at<CUstream_st>(stream)), "haar");
 }
 
+// (batch, channels, height, width, outs, out height, out width, groups, offset groups), then kernel, stride, padding and
+// dilation as (y, x).
+using Sizes = std::array<std::int64_t, 9>;
+using Geometry = std::array<std::int64_t, 8>;
+using Strides = std::array<std::int64_t, 3>;
+
+pyface::DeformConvShape deform_conv_shape(const Sizes& sizes, const Geometry& g) {
+  const auto& [n, c, h, w, o, oh, ow, groups, offset_groups] = sizes;
+  return {n, c, h, w, o, oh, ow, {g[0], g[1]}, {g[2], g[3]}, {g[4], g[5]}, {g[6], g[7]}, groups, offset_groups};
+}
+
+pyface::cuda::DeformConvOut tensor(Address data, const Strides& strides) {
+  return {at(data), {strides[0], strides[1], strides[2]}};
+}
+
+std::int64_t deform_conv_splits(const Sizes& sizes, const Geometry& geometry, int type) {
+  return pyface::cuda::deform_conv_splits(deform_conv_shape(sizes, geometry), static_cast<DType>(type));
+}
+
+std::int64_t deform_conv_weight_splits(const Sizes& sizes, const Geometry& geometry, int type) {
+  return pyface::cuda::deform_conv_weight_splits(deform_conv_shape(sizes, geometry), static_cast<DType>(type));
+}
+
+std::int64_t deform_conv_steps(const Sizes& sizes, const Geometry& geometry) {
+  return pyface::cuda::deform_conv_steps(deform_conv_shape(sizes, geometry));
+}
+
+pyface::cuda::DeformConvCall deform_conv_call(const Sizes& sizes, const Geometry& geometry, Address input, Address offset,
+                                              std::int64_t offset_stride, Address mask, std::int64_t mask_stride,
+                                              Address weight, int type, int offset_type, bool tf32) {
+  return {deform_conv_shape(sizes, geometry), at(input),  at(offset), offset_stride, at(mask), mask_stride,
+          at(weight), static_cast<DType>(type), static_cast<DType>(offset_type), tf32};
+}
+
+void deform_conv_forward(const Sizes& sizes, const Geometry& geometry, Address input, Address offset,
+                         std::int64_t offset_stride, Address mask, std::int64_t mask_stride, Address weight, int type,
+                         int offset_type, bool tf32, Address bias, Address out, const Strides& out_strides,
+                         Address scratch, int device, Address stream) {
+  const auto call = deform_conv_call(sizes, geometry, input, offset, offset_stride, mask, mask_stride, weight, type,
+                                     offset_type, tf32);
+  const DeviceGuard guard(device);
+  check(pyface::cuda::deform_conv_forward(call, at(bias), tensor(out, out_strides), at(scratch), at<CUstream_st>(stream)),
+        "deform_conv_forward");
+}
+
+void deform_conv_columns(const Sizes& sizes, const Geometry& geometry, Address input, Address offset,
+                         std::int64_t offset_stride, Address mask, std::int64_t mask_stride, Address weight, int type,
+                         int offset_type, bool tf32, Address grad, const Strides& grad_strides, Address grad_offset,
+                         Address grad_mask, Address grad_input, Address columns, std::int64_t first_tap,
+                         std::int64_t taps, std::int64_t first_step, std::int64_t last_step, int device,
+                         Address stream) {
+  const auto call = deform_conv_call(sizes, geometry, input, offset, offset_stride, mask, mask_stride, weight, type,
+                                     offset_type, tf32);
+  const pyface::cuda::DeformConvColumns wanted{tensor(grad, grad_strides), at(grad_offset), at(grad_mask),
+                                               at(grad_input), at(columns), first_tap, taps, first_step, last_step};
+  const DeviceGuard guard(device);
+  check(pyface::cuda::deform_conv_columns(call, wanted, at<CUstream_st>(stream)), "deform_conv_columns");
+}
+
+void deform_conv_gather(const Sizes& sizes, const Geometry& geometry, int type, Address columns, Address rows,
+                        Address weights, Address first, Address grad_input, std::int64_t group,
+                        std::int64_t first_step, std::int64_t last_step, int device, Address stream) {
+  const pyface::cuda::DeformConvGather gather{at(columns), at<std::int64_t>(rows), at(weights), at<std::int64_t>(first),
+                                              at(grad_input), group, first_step, last_step};
+  const DeviceGuard guard(device);
+  check(pyface::cuda::deform_conv_gather(deform_conv_shape(sizes, geometry), static_cast<DType>(type), gather,
+                                         at<CUstream_st>(stream)),
+        "deform_conv_gather");
+}
+
+void deform_conv_weight(const Sizes& sizes, const Geometry& geometry, Address input, Address offset,
+                        std::int64_t offset_stride, Address mask, std::int64_t mask_stride, Address weight, int type,
+                        int offset_type, bool tf32, Address grad, const Strides& grad_strides, Address grad_weight,
+                        Address scratch, int device, Address stream) {
+  const auto call = deform_conv_call(sizes, geometry, input, offset, offset_stride, mask, mask_stride, weight, type,
+                                     offset_type, tf32);
+  const DeviceGuard guard(device);
+  check(pyface::cuda::deform_conv_weight(call, tensor(grad, grad_strides), at(grad_weight), at(scratch),
+                                         at<CUstream_st>(stream)),
+        "deform_conv_weight");
+}
+
 py::dict build_info() {
   py::dict info;
   info["nvcc"] = std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) + "." +
@@ -147,4 +232,13 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("haar", &haar, Released(), py::arg("input"), py::arg("output"), py::arg("batch"), py::arg("channels"),
              py::arg("rows"), py::arg("cols"), py::arg("type"), py::arg("inverse"), py::arg("device"),
              py::arg("stream"));
+
+  // Positional, in the order of the functions above; csrc/cuda/deform_conv.h says what each does.
+  module.def("deform_conv_splits", &deform_conv_splits);
+  module.def("deform_conv_weight_splits", &deform_conv_weight_splits);
+  module.def("deform_conv_steps", &deform_conv_steps);
+  module.def("deform_conv_forward", &deform_conv_forward, Released());
+  module.def("deform_conv_columns", &deform_conv_columns, Released());
+  module.def("deform_conv_gather", &deform_conv_gather, Released());
+  module.def("deform_conv_weight", &deform_conv_weight, Released());
 }

@@ -585,7 +585,7 @@ void run_many(const DeformConv& a, const Forward<X, T>& f, int threads) {
     });
     for (std::int64_t first = 0; first < s.batch; first += together) {
       const std::int64_t images = smaller(together, s.batch - first);
-      if (f.images) copy_images(a, f, first, images, threads);
+      if (f.images && (begin == 0 || images < s.batch)) copy_images(a, f, first, images, threads);
       // A pixel's bits do not depend on its tile: tiles may be as many as the threads like.
       std::int64_t tiles = ceil_div(f.pixels, kPixels);
       while (images * tiles % threads && images * tiles < 16 * threads && tiles * 16 < f.pixels) ++tiles;
@@ -611,6 +611,16 @@ constexpr int kDotPixels = 6;
 constexpr int kDotPixels = 2;
 #endif
 constexpr std::int64_t kDotSteps = 64;  // vectors taken at once, so that the weights are met again in the first cache
+
+// Holds a value in a register that the compiler would rather load again for every use.
+template <class V>
+PYFACE_INLINE void keep([[maybe_unused]] V& v) {
+#if defined(__AVX512F__)
+  asm("" : "+v"(v));
+#elif defined(__x86_64__)
+  asm("" : "+x"(v));
+#endif
+}
 
 // Factors as they lie in memory; bf16 widened where products are float.
 template <class T, class X>
@@ -639,7 +649,8 @@ __attribute__((noinline)) void dots(const X* weights, std::int64_t row, const T*
     for (int r = 0; r < R; ++r) factors[r] = load_factors<T>(w + r * w_row);
 #pragma GCC unroll 6
     for (int q = 0; q < Q; ++q) {
-      const typename A::operand column = load_factors<T>(columns + q * column_row + t);
+      typename A::operand column = load_factors<T>(columns + q * column_row + t);
+      keep(column);
 #pragma GCC unroll 4
       for (int r = 0; r < R; ++r) s[q][r] = A::multiply_add(column, factors[r], s[q][r]);
     }

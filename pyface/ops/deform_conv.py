@@ -206,11 +206,34 @@ def _load_cpu() -> object:
     return _Cpu(module)
 
 
+def _load_cuda() -> object:
+    from pyface.ops._deform_conv_gpu import Cuda
+
+    module, reason = _paths.load_module("_cuda")
+    assert module is not None, reason
+    return Cuda(module)
+
+
+def _load_triton() -> object:
+    from pyface.kernels import deform_conv
+    from pyface.ops._deform_conv_gpu import Triton
+
+    return Triton(deform_conv)
+
+
+_GPU_PAIRS = {(d, d) for d in (*_DTYPE_CODES, torch.float16)} | {
+    (d, torch.float32) for d in (torch.bfloat16, torch.float16)
+}
+
 CORE = Core(
     "deform_conv",
     # (input, offset)
-    dtypes={"cpu": {(d, d) for d in _DTYPE_CODES} | {(torch.bfloat16, torch.float32)}},
-    load={"cpu": _load_cpu, "reference": _reference},
+    dtypes={
+        "cpu": {(d, d) for d in _DTYPE_CODES} | {(torch.bfloat16, torch.float32)},
+        "cuda": _GPU_PAIRS,
+        "triton": _GPU_PAIRS,
+    },
+    load={"cpu": _load_cpu, "cuda": _load_cuda, "triton": _load_triton, "reference": _reference},
 )
 
 # ---- the ops --------------------------------------------------------------------------------------------------------
