@@ -452,11 +452,11 @@ def deform_conv2d(
     Non-finite values: an offset that is NaN or infinite reads nothing and has a zero gradient. A NaN pixel reaches the
         outputs that interpolate it, with weight 0 at whole positions too.
 
-    Memory of the path `cpu`, beside arguments and results. Forward: per thread 0.4 MB and 14 KB for each 32 outputs, up
-        to 2 MB of packed weights and as much of images (at least one, none if it is channels_last with channels in
-        multiples of 16). Backward: per thread 32 channels of an image and of its gradient, 1 MB, and the weights of 32
-        channels, twice; up to 4 MB of sums, or 8 offset-and-mask gradients of one image where that is more; for several
-        images the weight gradient, in up to 8 copies if channels are few.
+    Memory of the path `cpu`, beside arguments and results. Forward: per thread 0.4 MB, 14 KB for each 32 outputs, up to
+        4 MB of packed weights and 1 MB of copied images (but at least one image; none if the input is channels_last
+        with channels in multiples of 16). Backward: per thread 32 channels of an image and of its gradient, the weights
+        of these twice, and 0.5 MB; up to 4 MB of sums for offset and mask, or 8 times their gradients for one image
+        where that is more; for several images the weight gradient, in up to 8 copies if channels are few.
 
     Raises:
         ValueError: shapes that do not fit together, several devices. TypeError: dtypes that do not.
