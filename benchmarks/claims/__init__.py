@@ -1,0 +1,1 @@
+"""The papers' central claims, put to the test on procedural data: ``python -m benchmarks.claims.<method>``."""
