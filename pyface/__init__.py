@@ -18,18 +18,21 @@ _HOMES = {
     "create_model": "pyface.methods",
     "load_official": "pyface.methods",
 }
-_SUBPACKAGES = {"data", "kernels", "methods", "nn", "ops", "vault"}
+_SUBPACKAGES = {"backbones", "data", "engine", "kernels", "methods", "metrics", "nn", "ops", "vault"}
 
 __all__ = [
     "PathError",
     "UserError",
     "__version__",
+    "backbones",
     "create_model",
     "data",
+    "engine",
     "kernels",
     "list_models",
     "load_official",
     "methods",
+    "metrics",
     "nn",
     "ops",
     "paths",

@@ -17,6 +17,7 @@ VARIABLES = {
     "PYFACE_PATH": "path of every op: cpu, cuda, triton, reference, auto",
     "PYFACE_CPU_ISA": "instruction set of the CPU kernels, such as baseline or avx2",
     "PYFACE_PASSWORD": "password for protect and recover",
+    "PYFACE_WEIGHTS": "folder of weight files of backbones",
     "TRITON_INTERPRET": "1 runs the Triton kernels on the CPU, slowly, for checks",
     "OMP_NUM_THREADS": "threads of torch, and so of the CPU kernels",
     "PYFACE_CUDA": "at build: auto, off, required",

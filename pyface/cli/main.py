@@ -20,7 +20,10 @@ VERBS = {
     "demo": "Protect and recover a portrait, and draw what happened.",
     "sketch": "Draw the face of a photo as one of three artists would.",
     "info": "Show this machine, how pyface was built, and which compute paths work.",
-    "train": "Train a model.",
+    "train": "Train a method, or go on with a run.",
+    "evaluate": "Measure a method's weights.",
+    "synthesize": "Write a data set of procedural faces in the layout of a real one.",
+    "data": "Say what a data set's folder holds, or draw what the procedural faces offer.",
     "bench": "Measure a core against its peers and its limit.",
 }
 

@@ -31,7 +31,10 @@ def protect(
     ] = None,
     password: Password = False,
     password_file: PasswordFile = None,
-    obfuscator: Annotated[str, typer.Option(help="What faces shall look like: blur, pixelate or median.")] = "blur",
+    obfuscator: Annotated[
+        str,
+        typer.Option(help="What faces shall look like: blur, pixelate, median, an installed plug-in, or module:name."),
+    ] = "blur",
     strength: Annotated[
         float | None,
         typer.Option(help="Blur's sigma, pixelate's block or median's width in pixels of a face of 256."),

@@ -2,88 +2,120 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from pyface.errors import UserError
 
+if TYPE_CHECKING:
+    from pyface.engine import Recipe, TrainConfig
+
+Method = Annotated[str, typer.Argument(metavar="METHOD", help="A method's name, such as proface_s.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; may be given often. See --show-config."),
+]
+
 
 def train(
-    method: Annotated[str, typer.Argument(metavar="METHOD", help="What to train: proface_s.")],
+    method: Method,
     output: Annotated[
         Path | None, typer.Option("--output", "--out", "-o", help="Folder of the run [default: runs/METHOD].")
     ] = None,
     preset: Annotated[
-        str,
-        typer.Option(help="Settings: default (as the shipped weights), tiny (minutes), published (the authors')."),
-    ] = "default",
-    data: Annotated[
-        Path | None, typer.Option(help="Train on the photographs of this folder instead of painted scenes.")
+        str | None,
+        typer.Option(help="Named settings: tiny (minutes), paper (the authors'), default. [default: default]"),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Stop after so many steps.")] = None,
-    max_minutes: Annotated[float | None, typer.Option(min=0.01, help="Stop after so much time.")] = None,
-    scenes: Annotated[int | None, typer.Option(min=1, help="Number of training pictures.")] = None,
-    seed: Annotated[int | None, typer.Option(min=0, help="Seed of everything random.")] = None,
+    data: Annotated[
+        str | None, typer.Option(metavar="DIR", help="Folder of the data set, or procedural.", show_default=False)
+    ] = None,
+    config_file: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="Settings from a TOML file.")
+    ] = None,
+    settings: Settings = None,
+    steps: Annotated[int | None, typer.Option(help="Stop after so many steps.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="Stop after so much time.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in OUTPUT; start one if there is none.")
+    ] = False,
+    show_config: Annotated[
+        bool, typer.Option("--show-config", help="Print the settings as TOML, with what they mean, and stop.")
+    ] = False,
     as_json: Annotated[
-        bool, typer.Option("--json", help="Print the validation table as JSON, no progress bar.")
+        bool, typer.Option("--json", help="Print the table at the end as JSON, no progress bar.")
     ] = False,
 ) -> None:
-    """Train a model on pictures made on the spot, and measure it on photographs it never saw.
+    """Train a method, on faces made on the spot or on a data set, and evaluate the result.
 
-    The same command goes on where a killed run stopped. The result is OUTPUT/METHOD.safetensors, beside the logs
-    log.csv and validation.csv.
+    OUTPUT/METHOD.safetensors is the result, beside config.toml, checkpoints, log.csv, validation.csv and events for
+    TensorBoard. A killed run goes on with `--resume`, which takes the run's own settings. Several processes:
+    `accelerate launch --multi_gpu --num_processes 2 -m pyface train METHOD`.
     """
-    from pyface.methods import list_models
+    from pyface.engine import Trainer, to_toml
+    from pyface.methods import find_recipe
 
-    if method not in list_models():
-        raise UserError(f"cannot train {method!r}; known: {', '.join(list_models())}")
-    from pyface.methods.proface_s.recipe import Config, evaluate, export, validation_pictures
-    from pyface.methods.proface_s.recipe import train as run
-
-    given = {"steps": steps, "max_minutes": max_minutes, "scenes": scenes, "seed": seed}
-    changes = {name: value for name, value in given.items() if value is not None}
-    if data is not None:
-        if not data.is_dir():
-            raise UserError(f"{data} is not a folder; --data takes a folder of photographs")
-        changes["data"] = str(data)
-    config = Config.preset(preset, **changes)
+    recipe_class = find_recipe(method)
     folder = output or Path("runs") / method
-    perceptual = _vgg_lpips() if config.objective != "deployable" else None
-    model = run(config, folder, perceptual=perceptual, quiet=as_json)
-    weights = folder / f"{method}.safetensors"
-    export(model, weights)
-    _show(evaluate(model, validation_pictures(config.validation_size)), weights, as_json)
+    changes = {"steps": steps, "max_minutes": max_minutes, "seed": seed, "data": data}
+    own = folder / "config.toml"
+    if resume and config_file is None and preset is None and own.is_file():
+        config_file = own
+    config = read_config(recipe_class, preset, config_file, changes, settings)
+    if show_config:
+        typer.echo(to_toml(config), nl=False)
+        return
+    recipe = recipe_class(config)
+    trainer = Trainer(recipe, folder, resume=resume, quiet=as_json)
+    network = trainer.fit()
+    if trainer.leads:
+        show_table(recipe.evaluate(network), method, trainer.weights, as_json)
+    trainer.close()
 
 
-def _vgg_lpips():
-    """The perceptual distance of the released objectives."""
-    try:
-        import lpips
-    except ImportError:
-        raise UserError("this preset needs LPIPS as published; pip install lpips (it downloads VGG weights)") from None
-    import torch
+def read_config(
+    recipe: type[Recipe], preset: str | None, file: Path | None, changes: dict[str, Any], settings: list[str] | None
+) -> TrainConfig:
+    """The settings that the options of a command amount to."""
+    from pyface.engine import PROCEDURAL, load_config
 
-    distance = lpips.LPIPS(net="vgg").requires_grad_(False)
-    return distance.to("cuda" if torch.cuda.is_available() else "cpu")
+    changes = {name: value for name, value in changes.items() if value is not None}
+    config = load_config(recipe.Config, preset=preset, file=file, changes=changes, assignments=settings or ())
+    if config.data == PROCEDURAL:
+        return config
+    folder = Path(config.data)
+    if not folder.is_dir():
+        raise UserError(f"{folder} is not a folder; --data takes the folder of a data set, or {PROCEDURAL}")
+    # The whole path, so that a run can be resumed from anywhere.
+    return dataclasses.replace(config, data=str(folder.resolve()))
 
 
-def _show(rows: list[dict], weights: Path, as_json: bool) -> None:
+def show_table(rows: list[dict[str, Any]], method: str, weights: Path, as_json: bool) -> None:
+    """Print an evaluation's rows."""
     if as_json:
         import json
 
-        typer.echo(json.dumps({"weights": str(weights), "validation": rows}, indent=1))
+        typer.echo(json.dumps({"method": method, "weights": str(weights), "evaluation": rows}, indent=1))
         return
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(title="photographs never trained on, read back from 8-bit PNG; PSNR in dB")
-    for name in rows[0]:
-        table.add_column(name, justify="left" if name in ("picture", "obfuscator") else "right")
-    digits = {"leak": 4, "keyless": 4}
-    for row in rows:
-        table.add_row(*(v if isinstance(v, str) else f"{v:.{digits.get(name, 2)}f}" for name, v in row.items()))
     console = Console()
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    table = Table(title=f"evaluation of {method}")
+    for name in names:
+        is_number = all(isinstance(row.get(name, 0), (int, float)) for row in rows)
+        table.add_column(name, justify="right" if is_number else "left")
+    for row in rows:
+        table.add_row(*(_shown(row.get(name, "")) for name in names))
     console.print(table)
-    console.print(f"weights: {weights}")
+    console.print(f"weights: {weights}", soft_wrap=True)
+
+
+def _shown(value: Any) -> str:
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.2f}" if abs(value) >= 1 or value == 0 else f"{value:.4f}"

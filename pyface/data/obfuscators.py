@@ -8,9 +8,11 @@ that a face is hidden equally well at any size.
 from __future__ import annotations
 
 import difflib
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 
 import numpy as np
 import torch
@@ -20,6 +22,7 @@ from torch.nn import functional as F
 from pyface.errors import UserError
 
 REFERENCE_SIZE = 256
+ENTRY_POINT_GROUP = "pyface.obfuscators"
 
 
 @dataclass(frozen=True)
@@ -112,6 +115,24 @@ def sticker(picture: Tensor) -> Obfuscator:
     return Obfuscator(apply, strength=1.0, training_range=(1.0, 1.0), scaled=False)
 
 
+def face_swap(swap: Callable[[Tensor], Tensor]) -> Obfuscator:
+    """An obfuscator that puts another face in place of this one, with a face swapping network of the user's own.
+
+    Args:
+        swap: faces Tensor[B, 3, H, W] in [-1, 1] -> swapped faces of the same shape and range. Strength is their share
+            in the result, at most 1; the default of 1 shows the swapped face alone.
+    """
+
+    def apply(image: Tensor, share: float) -> Tensor:
+        swapped = swap(image)
+        if not isinstance(swapped, Tensor) or swapped.shape != image.shape:
+            got = tuple(swapped.shape) if isinstance(swapped, Tensor) else type(swapped).__name__
+            raise UserError(f"face_swap: the plug-in must return a Tensor of shape {tuple(image.shape)}, got {got}")
+        return torch.lerp(image, swapped.to(image), min(share, 1.0))
+
+    return Obfuscator(apply, strength=1.0, training_range=(1.0, 1.0), scaled=False)
+
+
 _REGISTRY: dict[str, Obfuscator] = {
     "blur": Obfuscator(gaussian_blur, 15.0, (9.0, 21.0)),
     "pixelate": Obfuscator(pixelate, 20.0, (14.0, 26.0)),
@@ -120,8 +141,8 @@ _REGISTRY: dict[str, Obfuscator] = {
 
 
 def list_obfuscators() -> list[str]:
-    """Names that :func:`obfuscate` knows, sorted."""
-    return sorted(_REGISTRY)
+    """Names that :func:`obfuscate` knows, sorted: registered ones and installed entry points."""
+    return sorted({*_REGISTRY, *(point.name for point in metadata.entry_points(group=ENTRY_POINT_GROUP))})
 
 
 def register_obfuscator(name: str, obfuscator: Obfuscator) -> None:
@@ -132,12 +153,25 @@ def register_obfuscator(name: str, obfuscator: Obfuscator) -> None:
 
 
 def obfuscator(name: str) -> Obfuscator:
-    """The registered obfuscator of that name; UserError, with the nearest known name, if there is none."""
-    if name not in _REGISTRY:
-        near = difflib.get_close_matches(name, _REGISTRY, 1)
-        hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(list_obfuscators())}"
-        raise UserError(f"unknown obfuscator {name!r}; {hint}")
-    return _REGISTRY[name]
+    """The obfuscator called ``name``: a registered name, an entry point of ``pyface.obfuscators``, or "module:name".
+
+    What an entry point or "module:name" leads to is an :class:`Obfuscator`, or a face swapping function as
+    :func:`face_swap` takes it.
+
+    Raises:
+        UserError: there is none (the message has the nearest known name), or it cannot be imported.
+    """
+    if name in _REGISTRY:
+        return _REGISTRY[name]
+    for point in metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
+        return _load(name, point.load)
+    module, colon, attribute = name.partition(":")
+    if colon:
+        return _load(name, lambda: getattr(importlib.import_module(module), attribute))
+    known = list_obfuscators()
+    near = difflib.get_close_matches(name, known, 1)
+    hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}, or give module:name"
+    raise UserError(f"unknown obfuscator {name!r}; {hint}")
 
 
 def obfuscate(
@@ -156,7 +190,8 @@ def obfuscate(
         Tensor[B, 3, H, W] in [-1, 1], same dtype and device.
 
     Raises:
-        UserError: unknown name, wrong shape or dtype, or a strength that is not positive and finite.
+        UserError: unknown name, wrong shape or dtype, a strength that is not positive and finite, or a plug-in that
+            returns another shape.
     """
     entry = obfuscator(name)
     if image.ndim != 4 or image.shape[1] != 3 or 0 in image.shape or not image.is_floating_point():
@@ -174,6 +209,18 @@ def obfuscate(
     scale = min(image.shape[-2:]) / REFERENCE_SIZE if entry.scaled else 1.0
     with torch.no_grad():
         return entry.apply(image, strength * scale).clamp(-1, 1)
+
+
+def _load(name: str, load: Callable[[], Obfuscator | Callable[[Tensor], Tensor]]) -> Obfuscator:
+    try:
+        found = load()
+    except Exception as error:  # somebody else's module: whatever it raises, the user needs to see which one it was
+        raise UserError(f"cannot load obfuscator {name!r}: {error}") from error
+    if isinstance(found, Obfuscator):
+        return found
+    if not callable(found):
+        raise UserError(f"obfuscator {name!r} is neither an Obfuscator nor a function from faces to faces")
+    return face_swap(found)
 
 
 def _cells(size: int, cells: int, like: Tensor) -> Tensor:

@@ -153,109 +153,14 @@ def _paint_texture(rng: np.random.Generator, size: int) -> np.ndarray:
     return crop.astype(np.float32)
 
 
-def _soft(mask: np.ndarray, width: float) -> np.ndarray:
-    """Signed distance-like field -> coverage in [0, 1], with an edge of the given width."""
-    return np.clip(0.5 - mask / width, 0, 1)
-
-
 def _paint_face(rng: np.random.Generator, size: int) -> np.ndarray:
-    """A shaded cartoon of a face before some background: skin, hair, eyes, brows, nose, lips, neck and clothes."""
-    background = (_paint_noise, _paint_gradient, _paint_leaves, _paint_texture)[rng.integers(4)](rng, size)
-    if rng.random() < 0.5:
-        background = ndimage.gaussian_filter(background, (*[rng.uniform(1, 6) * size / 256] * 2, 0))
-    picture = np.clip(background, 0, 1).astype(np.float32)
+    """A person who does not exist, before a background of their own."""
+    from pyface.data.procedural import draw_person, draw_view, render
 
-    # Face coordinates: origin between nose and eyes, the face's half height is one.
-    y, x = np.mgrid[0:size, 0:size].astype(np.float32) / size
-    zoom, roll = rng.uniform(0.3, 0.47), rng.normal(0, 0.12)
-    x, y = (x - rng.normal(0.5, 0.03)) / zoom, (y - rng.normal(0.52, 0.03)) / zoom
-    x, y = np.cos(roll) * x + np.sin(roll) * y, np.cos(roll) * y - np.sin(roll) * x
-    pixel = 1.2 / (size * zoom)
-
-    def lay(field: np.ndarray, colour: np.ndarray, edge: float = 0.0, opacity: float = 1.0) -> None:
-        nonlocal picture
-        alpha = (_soft(field, max(pixel, edge)) * opacity)[..., None]
-        picture = picture * (1 - alpha) + colour * alpha
-
-    def oval(cx: float, cy: float, rx: float, ry: float, power: float = 2.0) -> np.ndarray:
-        return ((np.abs((x - cx) / rx) ** power + np.abs((y - cy) / ry) ** power) ** (1 / power) - 1) * min(rx, ry)
-
-    tone = rng.random()
-    skin = np.float32([0.98, 0.82, 0.72]) * (1 - tone) + np.float32([0.32, 0.19, 0.13]) * tone
-    skin = np.clip(skin + rng.normal(0, 0.03, 3), 0.05, 1).astype(np.float32)
-    dark, blood = skin * 0.45, np.clip(skin * np.float32([0.95, 0.6, 0.6]), 0, 1)
-    hair = np.float32(colorsys.hsv_to_rgb(rng.uniform(0.02, 0.12), rng.uniform(0.1, 0.8), rng.beta(1, 1.6)))
-    strands = _power_noise(rng, size, 1.1, 1)
-    strands = ndimage.zoom(strands[:, : max(4, size // 6)], (1, size / max(4, size // 6), 1), order=1)[:, :size]
-    strands = strands.swapaxes(0, 1) if rng.random() < 0.5 else strands
-    locks = np.clip(hair + rng.uniform(0.03, 0.1) * strands, 0, 1)
-    width = rng.uniform(0.66, 0.82)
-
-    # Behind the face: long or short hair, clothes, neck.
-    length = rng.choice((0.2, 0.6, 1.3))
-    lay(oval(0, -0.25 + length / 2, width * 1.25, 0.95 + length / 2, 2.5), locks, 0.05)
-    lay(oval(0, 1.95, 1.5, 0.85, 2.6), np.clip(_colour(rng) + 0.04 * _power_noise(rng, size, 0.8, 1), 0, 1), 0.02)
-    lay(oval(0, 1.1, width * 0.55, 0.5, 4), skin * 0.8, 0.05)
-    for side in (-1, 1):
-        lay(oval(side * width, 0.02, 0.1, 0.2), skin * 0.88, 0.03)
-
-    # Skin, lit from one side, with pores and flush.
-    head = np.minimum(oval(0, -0.2, width, 0.82), oval(0, 0.15, width * 0.86, 0.85, 2.4))
-    light = rng.uniform(-1, 1, 2)
-    shade = 1 + 0.22 * (light[0] * x / width + light[1] * y) - 0.35 * np.clip(head + 0.25, 0, 1)
-    pores = 0.02 * _power_noise(rng, size, rng.uniform(0.2, 1.0), 1) * rng.uniform(0.3, 1.5)
-    lay(head, np.clip(skin * shade[..., None] + pores, 0, 1))
-    for side in (-1, 1):
-        lay(oval(side * 0.42, 0.3, 0.22, 0.17), blood, 0.25, rng.uniform(0, 0.35))
-
-    # Nose: a lit ridge, a shadow on one side, nostrils.
-    shadow = 1 if light[0] < 0 else -1
-    lay(oval(shadow * 0.1, 0.1, 0.06, 0.3), dark, 0.12, rng.uniform(0.2, 0.5))
-    lay(oval(-shadow * 0.02, 0.05, 0.04, 0.3), np.clip(skin * 1.25, 0, 1), 0.08, rng.uniform(0.2, 0.6))
-    lay(oval(0, 0.34, 0.15, 0.05), dark, 0.08, 0.6)
-    for side in (-1, 1):
-        lay(oval(side * 0.085, 0.35, 0.035, 0.02), dark * 0.6, 0.02, 0.8)
-
-    # Mouth: lips, the line between them, sometimes teeth.
-    mouth, smile, lips = rng.uniform(0.2, 0.33), rng.uniform(-0.15, 0.5), blood * rng.uniform(0.7, 1)
-    bend = 0.6 + smile * (0.1 - x**2 * 2)
-    lay((np.hypot(x / mouth, (y - bend) / rng.uniform(0.07, 0.12)) - 1) * 0.08, lips, 0.03)
-    if rng.random() < 0.35:
-        lay((np.hypot(x / (mouth * 0.8), (y - bend) / 0.045) - 1) * 0.045, np.float32([0.95, 0.93, 0.88]), 0.01)
-    else:
-        lay((np.hypot(x / (mouth * 0.95), (y - bend) / 0.014) - 1) * 0.014, dark * 0.6, 0.015)
-
-    # Eyes and brows.
-    apart, opening = rng.uniform(0.28, 0.36), rng.uniform(0.055, 0.1)
-    iris = np.float32(colorsys.hsv_to_rgb(rng.choice((0.07, 0.3, 0.58)), rng.uniform(0.2, 0.8), rng.uniform(0.2, 0.7)))
-    gaze, brow_tilt, brow_height = rng.normal(0, 0.025, 2), rng.normal(0, 0.25), rng.uniform(0.16, 0.24)
-    brows = hair * rng.uniform(0.4, 0.9)
-    for side in (-1, 1):
-        cx, cy = side * apart, -0.12
-        lay(oval(cx, cy - 0.02, 0.2, 0.15), dark, 0.12, rng.uniform(0.1, 0.5))
-        lid = (np.hypot((x - cx) / 0.145, (y - cy) / opening) - 1) * opening
-        white = _soft(lid, pixel)
-        lay(lid - 0.012, dark * 0.5, 0.02)
-        lay(lid, np.float32([0.93, 0.92, 0.9]) * (0.7 + 0.3 * (y - cy + opening) / opening)[..., None].clip(0.6, 1))
-        for radius, colour in ((0.075, iris * 0.5), (0.066, iris), (0.032, iris * 0.1)):
-            disc = np.hypot(x - cx - gaze[0], y - cy - gaze[1]) - radius
-            alpha = (_soft(disc, pixel) * white)[..., None]
-            picture = picture * (1 - alpha) + colour * alpha
-        lay(np.hypot(x - cx - gaze[0] - 0.02, y - cy - gaze[1] + 0.025) - 0.016, np.float32([1, 1, 1]), 0.0, 0.9)
-        arch = cy - brow_height + side * brow_tilt * (x - cx) * 0.6 + (x - cx) ** 2 * 1.4
-        lay((np.hypot((x - cx) / 0.19, (y - arch) / 0.035) - 1) * 0.035, brows, 0.02, rng.uniform(0.6, 1))
-
-    # Hair in front, glasses now and then.
-    line = -0.62 + rng.normal(0, 0.05) + rng.normal(0, 0.25) * x + 0.25 * rng.uniform(0, 2) * x**2
-    crown = np.maximum(oval(0, -0.3, width * 1.12, 0.92, 2.3), y - line)
-    if rng.random() < 0.92:
-        lay(crown, locks, 0.04)
-    if rng.random() < 0.2:
-        frame = _colour(rng) * 0.5
-        for side in (-1, 1):
-            lay(np.abs(oval(side * apart, -0.1, 0.24, 0.17, 3)) - 0.014, frame)
-        lay(np.maximum(np.abs(x) - (apart - 0.23), np.abs(y + 0.12) - 0.014), frame)
-    return picture
+    person, view = draw_person(int(rng.integers(2**31)), 0), draw_view(int(rng.integers(2**31)), 0)
+    side = max(size, 16)
+    face = render([person], [view], side)[0]["image"].numpy().transpose(1, 2, 0)
+    return face if side == size else ndimage.zoom(face, (size / side, size / side, 1), order=1)
 
 
 _PAINTERS = {

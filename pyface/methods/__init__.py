@@ -1,5 +1,5 @@
 """Published methods, one folder each: model, losses, recipe, convert, card."""
 
-from pyface.methods._registry import create_model, list_models, load_official, register_model
+from pyface.methods._registry import create_model, find_recipe, list_models, load_official, register_model
 
-__all__ = ["create_model", "list_models", "load_official", "register_model"]
+__all__ = ["create_model", "find_recipe", "list_models", "load_official", "register_model"]

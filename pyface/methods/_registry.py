@@ -14,6 +14,8 @@ from pyface.errors import UserError
 if TYPE_CHECKING:
     from torch import nn
 
+    from pyface.engine import Recipe
+
 # Listed here so that asking for names loads no method; each module calls register_model when it is imported.
 _MODULES = {"hida": "pyface.methods.hida", "proface_s": "pyface.methods.proface_s"}
 _MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {}
@@ -54,6 +56,22 @@ def load_official(name: str, checkpoint: str | os.PathLike) -> nn.Module:
         UserError: unknown name, unreadable file, or keys that are unknown or missing.
     """
     return _find(name)[1](checkpoint)
+
+
+def find_recipe(name: str) -> type[Recipe]:
+    """The class ``Recipe`` of a method's module ``recipe``: how it is trained and evaluated.
+
+    Raises:
+        UserError: unknown name (the nearest known one is suggested), or the method is not trained here.
+    """
+    _find(name)
+    home = f"{_MODULES.get(name, name)}.recipe"
+    try:
+        return importlib.import_module(home).Recipe
+    except ModuleNotFoundError as error:
+        if error.name not in (home, home.rpartition(".")[0]):
+            raise
+        raise UserError(f"{name} has no recipe; it cannot be trained or evaluated here") from None
 
 
 def _find(name: str) -> tuple[Callable[..., nn.Module], Callable[..., nn.Module]]:

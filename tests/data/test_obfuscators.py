@@ -131,6 +131,37 @@ def test_registering(monkeypatch):
         ob.register_obfuscator("cover", ob.sticker(cover))
 
 
+def test_a_face_swap_is_a_plug_in(monkeypatch, tmp_path):
+    image = picture(16, 24, batch=2)
+    swap = ob.face_swap(lambda faces: faces.flip(-1))
+    torch.testing.assert_close(swap.apply(image, 1.0), image.flip(-1))
+    torch.testing.assert_close(swap.apply(image, 0.25), 0.75 * image + 0.25 * image.flip(-1))
+    monkeypatch.setattr(ob, "_REGISTRY", dict(ob._REGISTRY))
+    ob.register_obfuscator("mirrored", swap)
+    torch.testing.assert_close(ob.obfuscate(image, "mirrored"), image.flip(-1))
+
+    (tmp_path / "my_swapper.py").write_text("def swap(faces): return -faces\ndef short(faces): return faces[:1]\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    torch.testing.assert_close(ob.obfuscate(image, "my_swapper:swap"), -image)
+    with pytest.raises(UserError, match=r"must return a Tensor of shape \(2, 3, 16, 24\), got \(1, 3, 16, 24\)"):
+        ob.obfuscate(image, "my_swapper:short")
+
+
+def test_an_installed_plug_in_is_found_by_its_entry_point(monkeypatch, tmp_path):
+    info = tmp_path / "my_stickers-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: my-stickers\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[pyface.obfuscators]\nred_nose = my_stickers:red_nose\n")
+    (tmp_path / "my_stickers.py").write_text(
+        "import torch\nfrom pyface.data.obfuscators import sticker\n"
+        "red_nose = sticker(torch.tensor([1.0, -1, -1, 1]).view(4, 1, 1))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    assert "red_nose" in ob.list_obfuscators()
+    red = torch.tensor([1.0, -1, -1]).view(1, 3, 1, 1).expand(1, 3, 9, 9)
+    torch.testing.assert_close(ob.obfuscate(picture(9, 9), "red_nose"), red)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -142,6 +173,9 @@ def test_registering(monkeypatch):
         (lambda: ob.obfuscate(picture(8, 8), "blur", strength=0.0), "positive and finite"),
         (lambda: ob.obfuscate(picture(8, 8), "blur", strength=float("nan")), "positive and finite"),
         (lambda: ob.sticker(torch.zeros(3, 8, 8)), "RGBA"),
+        (lambda: ob.obfuscate(picture(8, 8), "no_such_module:swap"), "cannot load obfuscator 'no_such_module:swap'"),
+        (lambda: ob.obfuscate(picture(8, 8), "math:pi"), "neither an Obfuscator nor a function"),
+        (lambda: ob.obfuscate(picture(8, 8), "builtins:repr"), "must return a Tensor .* got str"),
     ],
 )
 def test_mistakes_are_explained(call, message):

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 from torch.nn import functional as F
 
 from pyface.data.obfuscators import obfuscate
+from pyface.engine import Trainer
 from pyface.errors import UserError
 from pyface.methods import create_model, list_models, load_official, register_model
 from pyface.methods.proface_s import losses
@@ -20,10 +21,10 @@ from pyface.methods.proface_s.convert import convert_state_dict, read_checkpoint
 from pyface.methods.proface_s.model import DenseSubnet, ProFaceS
 from pyface.methods.proface_s.recipe import (
     Config,
+    Recipe,
     evaluate,
     psnr,
     random_key_map,
-    train,
     validation_pictures,
     wrong_key_map,
 )
@@ -417,10 +418,14 @@ def test_deployable_limits_stop_paying_once_met():
 # ------------------------------------------------------------------------------------------------------------- recipe
 
 SMALL = {
-    "scenes": 6, "scene_size": 32, "stages": ((0.5, 16, 2), (1.0, 24, 1)), "steps": 40, "max_minutes": None,
-    "checkpoint_every": 5, "log_every": 10, "validate_every": 1000, "validation_size": 16, "workers": 1,
-    "warmup": 5, "ema": 0.9,
+    "scenes": 6, "scene_size": 32, "stages": ((0.5, 16, 1.0), (1.0, 24, 0.5)), "batch_size": 2, "steps": 40,
+    "max_minutes": None, "checkpoint_every": 5, "log_every": 10, "validate_every": 1000, "validation_size": 16,
+    "workers": 0, "warmup": 5, "ema": 0.9,
 }  # fmt: skip
+
+
+def train(config, folder, resume=False, perceptual=None):
+    return Trainer(Recipe(config, perceptual), folder, resume=resume, quiet=True).fit()
 
 
 @pytest.fixture
@@ -434,18 +439,18 @@ def one_thread():
 def test_a_killed_run_ends_where_an_unbroken_one_does(tmp_path, one_thread):
     whole, broken = tmp_path / "whole", tmp_path / "broken"
     config = Config.preset("default", **SMALL)
-    expected = train(config, whole, quiet=True)
+    expected = train(config, whole)
     broken.mkdir()
     os.link(whole / "pool.npy", broken / "pool.npy")
     code = (
         "import json, sys, torch; torch.set_num_threads(1)\n"
-        "from pyface.methods.proface_s.recipe import Config, train\n"
-        "small = json.loads(sys.argv[1]); small['stages'] = tuple(map(tuple, small['stages']))\n"
-        "train(Config.preset('default', **small), sys.argv[2], quiet=True)\n"
+        "from pyface.engine import Trainer\n"
+        "from pyface.methods.proface_s.recipe import Config, Recipe\n"
+        "Trainer(Recipe(Config.preset('default', **json.loads(sys.argv[1]))), sys.argv[2], quiet=True).fit()\n"
     )
     child = subprocess.Popen([sys.executable, "-c", code, json.dumps(SMALL), str(broken)])
     deadline = time.monotonic() + 60
-    while not (broken / "state.safetensors").exists():
+    while not list(broken.glob("checkpoints/step-*")):
         assert child.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -453,7 +458,7 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(tmp_path, one_thread):
     child.wait()
     with (broken / "log.csv").open() as file:
         assert len(list(csv.reader(file))) < 5
-    resumed = train(config, broken, quiet=True)
+    resumed = train(config, broken, resume=True)
     for name, value in expected.state_dict().items():
         assert torch.equal(resumed.state_dict()[name], value), name
     with (whole / "log.csv").open() as file:
@@ -466,7 +471,7 @@ def test_a_killed_run_ends_where_an_unbroken_one_does(tmp_path, one_thread):
         with (folder / "validation.csv").open() as file:
             assert [row["step"] for row in csv.DictReader(file)] == ["40"] * 15
     with pytest.raises(UserError, match="other settings"):
-        train(Config.preset("default", **SMALL | {"lr": 1e-4}), broken, quiet=True)
+        train(Config.preset("default", **SMALL | {"lr": 1e-4}), broken, resume=True)
     assert not list(tmp_path.rglob("*.partial"))
 
 
@@ -477,16 +482,16 @@ def test_released_objectives_train_on_photographs(tmp_path, objective, one_threa
     for index in range(3):
         pixels = np.random.default_rng(index).integers(0, 256, (40, 50, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / f"{index}.jpg")
-    settings = SMALL | {"objective": objective, "data": str(tmp_path), "scenes": 2, "steps": 3}
+    settings = SMALL | {"objective": objective, "data": str(tmp_path), "scenes": 2, "steps": 3, "workers": 1}
     calls = []
 
     def distance(a, b):
         calls.append(a.shape)
         return (a - b).abs().mean((1, 2, 3))
 
-    config = Config.preset("published", **settings)
+    config = Config.preset("paper", **settings)
     assert config.eps == 1e-6
-    train(config, tmp_path / "run", perceptual=distance, quiet=True)
+    train(config, tmp_path / "run", perceptual=distance)
     assert np.load(tmp_path / "run" / "pool.npy").shape == (2, 2, 32, 32, 3)
     assert calls
 
@@ -494,12 +499,15 @@ def test_released_objectives_train_on_photographs(tmp_path, objective, one_threa
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"objective": "x"}, "unknown objective"),
-        ({"subnet": "float8"}, "bfloat16 or float32"),
+        ({"objective": "x"}, "must be one of deployable, random_wr, obfuscated_wr"),
+        ({"subnet": "float8"}, "must be one of bfloat16, float32"),
         ({"steps": 0}, "must be positive"),
-        ({"stages": ((1.0, 15, 2),)}, "even crop"),
-        ({"stages": ((1.0, 512, 2),)}, "at most 256"),
-        ({"stages": ((0.5, 64, 2),)}, "ends at 1"),
+        ({"stages": ((1.0, 15, 1.0),)}, "even crop"),
+        ({"stages": ((1.0, 512, 1.0),)}, "at most 256"),
+        ({"stages": ((0.5, 64, 1.0),)}, "ends at 1"),
+        ({"stages": ((1.0, 64, 0.3),)}, "whole number"),
+        ({"stages": ((1.0, 64, 0.0),)}, "whole number"),
+        ({"scenes": 0}, "must be positive"),
     ],
 )
 def test_unusable_settings_are_explained(changes, message):
@@ -511,28 +519,47 @@ def test_bad_training_folders_are_explained(tmp_path):
     with pytest.raises(UserError, match="unknown preset"):
         Config.preset("huge")
     with pytest.raises(UserError, match="no .jpg"):
-        train(Config.preset("default", **SMALL | {"data": str(tmp_path)}), tmp_path / "run", quiet=True)
+        train(Config.preset("default", **SMALL | {"data": str(tmp_path)}), tmp_path / "run", resume=True)
     (tmp_path / "broken.jpg").write_bytes(b"not a picture")
     with pytest.raises(UserError, match=r"broken\.jpg"):
-        train(Config.preset("default", **SMALL | {"data": str(tmp_path)}), tmp_path / "run", quiet=True)
+        train(Config.preset("default", **SMALL | {"data": str(tmp_path)}), tmp_path / "run", resume=True)
 
 
-def test_command_line(tmp_path):
-    from typer.testing import CliRunner
+def test_the_published_distance_is_never_downloaded_silently(tmp_path, monkeypatch):
+    pytest.importorskip("lpips")
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "hub"))
+    config = Config.preset("paper", **SMALL | {"steps": 1})
+    with pytest.raises(UserError, match="vgg16-397923af.pth into .*hub.*perceptual=false"):
+        train(config, tmp_path / "run")
 
-    from pyface.cli.main import app
 
-    runner = CliRunner()
-    failed = runner.invoke(app, ["train", "nothing"])
-    assert failed.exit_code == 2
-    assert "known: proface_s" in failed.output
-    out = tmp_path / "run"
-    done = runner.invoke(
-        app, ["train", "proface_s", "--preset", "tiny", "--steps", "2", "--scenes", "2", "-o", str(out), "--json"]
-    )
-    assert done.exit_code == 0, done.output
-    assert len(json.loads(done.output)["validation"]) == 15
-    ProFaceS().load_state_dict(read_checkpoint(out / "proface_s.safetensors"))
+def test_one_photograph_in_ten_is_kept_from_training(tmp_path):
+    from PIL import Image
+
+    from pyface.methods.proface_s.recipe import _files, _held_out
+
+    for index in range(21):
+        Image.new("RGB", (20, 30), (10 * index, 0, 0)).save(tmp_path / f"{index}.png")
+    config = Config.preset("tiny", data=str(tmp_path), validation_size=16)
+    held, trained = _held_out(config), _files(config)
+    assert (len(held), len(trained)) == (2, 19)
+    assert set(held).isdisjoint(trained)
+    rows = Recipe(config).evaluate(ProFaceS(blocks=1, growth=4))
+    assert {row["picture"] for row in rows} == {os.path.basename(file) for file in held}
+
+
+def test_parts_of_a_batch_draw_what_the_whole_draws(tmp_path, one_thread):
+    settings = SMALL | {"steps": 3, "batch_size": 4, "subnet": "float32", "validation_size": 8}
+    whole = train(Config.preset("default", **settings), tmp_path / "whole")
+    (tmp_path / "parts").mkdir()
+    os.link(tmp_path / "whole" / "pool.npy", tmp_path / "parts" / "pool.npy")
+    parts = train(Config.preset("default", **settings, accumulate=2), tmp_path / "parts")
+    moved = 0.0
+    fresh = Recipe(Config.preset("default", **settings)).model().state_dict()
+    for name, value in whole.state_dict().items():
+        torch.testing.assert_close(parts.state_dict()[name], value, rtol=1e-3, atol=2e-5)
+        moved = max(moved, (value - fresh[name]).abs().max().item())
+    assert moved > 1e-3
 
 
 # ---------------------------------------------------------------------------------------------------- shipped weights

@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import csv
+import contextlib
 import dataclasses
 import io
-import json
 import math
 import os
-import time
 from collections.abc import Iterable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from pyface import engine
 from pyface.data.obfuscators import obfuscate, obfuscator
 from pyface.data.scenes import scene
+from pyface.engine import PROCEDURAL, TrainConfig, setting
 from pyface.errors import UserError
 from pyface.methods.proface_s.losses import (
     Perceptual,
@@ -32,113 +33,91 @@ from pyface.methods.proface_s.losses import (
 from pyface.methods.proface_s.model import ProFaceS
 
 OBFUSCATORS = ("blur", "pixelate", "median")
+VGG = "vgg16-397923af.pth"  # torchvision's, which LPIPS looks for
 
 
-@dataclasses.dataclass
-class Config:
-    """Settings of one training run; :meth:`preset` gives the named ones.
+Stage = tuple[float, int, float]
 
-    Training ends at ``steps`` or after ``max_minutes`` of wall time, whichever comes first; the learning rate follows
-    a cosine over the part of the way that is gone, so it ends low either way.
 
-    Attributes:
-        objective: ``"deployable"`` (pictures pass an 8-bit file on their way), or ``"random_wr"`` / ``"obfuscated_wr"``
-            as released (they do not).
-        data: folder of photographs to train on; None paints scenes.
-        scenes, scene_size: number and side in pixels of the training pairs, made once per run folder.
-        odd_strengths: part of the pairs whose obfuscation is much weaker or stronger than the training range, as in
-            a small or large face.
-        stages: ``(until, crop, batch)`` triples; ``until`` is the fraction of the way at which a stage ends.
-        augment: flip and turn the crops at random.
-        lr, lr_end, warmup: peak and final learning rate, and steps of linear increase at the beginning.
-        clip: largest norm of the gradient.
-        ema: decay per step of the averaged weights, which are the result; 0 takes the last ones.
-        wrong_every: the wrong-key term joins every so many steps (right and wrong recovery then share one pass).
-        protected_psnr, wrong_psnr, protected_weight, wrong_weight, leak_weight: see
-            :func:`~.losses.deployable_loss`.
-        leak_from: part of the way after which the leak term joins; the shipped weights learned to recover first.
-        init_std: standard deviation of the initial weights.
-        subnet: ``"bfloat16"`` or ``"float32"``, arithmetic of the sub-nets while training.
-        validation_size: side in pixels of the photographs that the run is measured on.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config(TrainConfig):
+    """Settings of one training run.
+
+    The learning rate follows a cosine over the part of the way that is gone, in steps or in minutes, so it ends low
+    either way. ``"default"`` has the objective, the data and the schedule of the shipped weights (two CPU cores; they
+    were made in several sittings, see their card); ``"tiny"`` walks the whole path in a few minutes; ``"paper"`` has
+    the settings of the authors' script, for their photographs (``data``) and a GPU.
     """
 
-    objective: str = "deployable"
-    data: str | None = None
-    scenes: int = 1200
-    scene_size: int = 256
-    odd_strengths: float = 0.3
-    steps: int = 40_000
-    max_minutes: float | None = 92.0
-    stages: tuple[tuple[float, int, int], ...] = ((0.7, 64, 4), (1.0, 128, 2))
-    augment: bool = True
-    lr: float = 2e-3
-    lr_end: float = 1e-5
-    warmup: int = 100
-    betas: tuple[float, float] = (0.9, 0.99)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip: float = 1.0
-    ema: float = 0.999
-    wrong_every: int = 2
-    protected_psnr: float = 40.0
-    wrong_psnr: float = 10.0
-    protected_weight: float = 2.0
-    wrong_weight: float = 1.0
-    leak_weight: float = 0.5
-    leak_from: float = 0.25
-    init_std: float = 0.01
-    subnet: str = "bfloat16"
-    seed: int = 0
-    workers: int = 2
-    checkpoint_every: int = 500
-    validate_every: int = 1500
-    validation_size: int = 256
-    log_every: int = 50
+    method = "proface_s"
+    presets = {
+        "default": {},
+        "tiny": {
+            "scenes": 48, "scene_size": 128, "steps": 400, "max_minutes": None, "stages": ((1.0, 64, 1.0),),
+            "batch_size": 2, "warmup": 20, "ema": 0.98, "checkpoint_every": 100, "validate_every": 400,
+            "validation_size": 128, "log_every": 20,
+        },
+        "paper": {
+            "objective": "random_wr", "scenes": 20_000, "odd_strengths": 0.0, "steps": 300_000, "max_minutes": None,
+            "stages": ((1.0, 256, 1.0),), "batch_size": 6, "augment": False, "lr": 1e-5, "lr_end": 1e-5, "warmup": 1,
+            "betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 1e-5, "ema": 0.0, "wrong_every": 1,
+            "subnet": "float32", "checkpoint_every": 1000, "validate_every": 5000,
+        },
+    }  # fmt: skip
+
+    data: str = setting(PROCEDURAL, "folder of photographs to train on, or procedural to paint scenes")
+    steps: int | None = setting(40_000, "optimiser steps of the whole run", free=True)
+    max_minutes: float | None = setting(92.0, "minutes of training, over all sittings", free=True)
+    batch_size: int = setting(4, "pairs per step, over all processes and accumulated parts")
+    lr: float = setting(2e-3, "peak learning rate")
+    lr_end: float = setting(1e-5, "final learning rate")
+    warmup: int = setting(100, "steps of linear increase of the learning rate at the beginning")
+    betas: tuple[float, float] = setting((0.9, 0.99), "Adam's decay of the first and second moment, per step")
+    eps: float = setting(1e-8, "Adam's epsilon")
+    weight_decay: float = setting(0.0, "Adam's L2 penalty")
+    clip: float = setting(1.0, "largest norm of the gradient; 0 does not clip")
+    ema: float = setting(0.999, "decay per step of the averaged weights, which are the result; 0 takes the last ones")
+    workers: int = setting(2, "processes that prepare the training pairs; 0 prepares them in this one", free=True)
+    validate_every: int = setting(1500, "steps between validations; 0 validates at the end only", free=True)
+    validation_size: int = setting(256, "side in pixels of the photographs that the run is measured on")
+    objective: Literal["deployable", "random_wr", "obfuscated_wr"] = setting(
+        "deployable", "deployable (pictures pass an 8-bit file), or as released, random_wr or obfuscated_wr"
+    )
+    perceptual: bool = setting(True, "the released objectives' LPIPS terms; false leaves them out")
+    scenes: int = setting(1200, "number of training pairs, made once per run")
+    scene_size: int = setting(256, "side of the training pairs in pixels")
+    odd_strengths: float = setting(
+        0.3, "part of the pairs whose obfuscation is much weaker or stronger than in training, as in odd-sized faces"
+    )
+    stages: tuple[Stage, ...] = setting(
+        ((0.7, 64, 1.0), (1.0, 128, 0.5)),
+        "[until, crop, part]: up to which fraction of the way, side of the crops in pixels, part of batch_size",
+    )
+    augment: bool = setting(True, "flip and turn the crops at random")
+    wrong_every: int = setting(2, "steps from one with the wrong-key term to the next (it shares the right key's pass)")
+    protected_psnr: float = setting(40.0, "dB above which the protected picture is close enough to the obfuscated one")
+    wrong_psnr: float = setting(10.0, "dB below which the wrong recovery is far enough from the picture")
+    protected_weight: float = setting(2.0, "slope of the protected picture's hinge, relative to the recovery term")
+    wrong_weight: float = setting(1.0, "slope of the wrong recovery's hinge, relative to the recovery term")
+    leak_weight: float = setting(0.5, "weight of the leak term")
+    leak_from: float = setting(0.25, "part of the way after which the leak term joins; first the network must recover")
+    init_std: float = setting(0.01, "standard deviation of the initial weights")
+    subnet: Literal["bfloat16", "float32"] = setting("bfloat16", "arithmetic of the sub-nets while training")
 
     def __post_init__(self) -> None:
-        if self.objective not in _OBJECTIVES:
-            raise UserError(f"proface_s: unknown objective {self.objective!r}; known: {', '.join(_OBJECTIVES)}")
-        if self.subnet not in ("bfloat16", "float32"):
-            raise UserError(f"proface_s: subnet must be bfloat16 or float32, got {self.subnet!r}")
-        if min(self.steps, self.scenes, self.wrong_every, self.workers) < 1 or not (self.max_minutes or 1) > 0:
-            raise UserError("proface_s: steps, scenes, wrong_every, workers and max_minutes must be positive")
+        super().__post_init__()
+        if min(self.scenes, self.wrong_every) < 1:
+            raise UserError("proface_s: scenes and wrong_every must be positive")
         if (
             not self.stages
             or self.stages[-1][0] != 1
-            or any(crop % 2 or not 2 <= crop <= self.scene_size or batch < 1 for _, crop, batch in self.stages)
+            or any(crop % 2 or not 2 <= crop <= self.scene_size for _, crop, _ in self.stages)
+            or any(self.batch_size * part < 1 or self.batch_size * part % 1 for _, _, part in self.stages)
         ):
             raise UserError(
-                f"proface_s: every stage is (until, crop, batch) with an even crop of at most {self.scene_size}, "
-                f"and the last one ends at 1; got {self.stages}"
+                f"proface_s: every stage is [until, crop, part] with an even crop of at most {self.scene_size} and a "
+                f"part that makes batch_size a whole number, and the last one ends at 1; got {self.stages}"
             )
-
-    @classmethod
-    def preset(cls, name: str, **changes: object) -> Config:
-        """A named preset with some settings changed.
-
-        ``"default"`` has the objective, the data and the schedule of the shipped weights (two CPU cores; they were
-        made in several sittings, see their card); ``"tiny"`` walks the whole path in a few minutes;
-        ``"published"`` has the settings of the authors' script, for their photographs (``data``) and a GPU.
-        """
-        if name not in _PRESETS:
-            raise UserError(f"proface_s: unknown preset {name!r}; known: {', '.join(_PRESETS)}")
-        return cls(**(_PRESETS[name] | changes))
-
-
-_OBJECTIVES = ("deployable", "random_wr", "obfuscated_wr")
-_PRESETS: dict[str, dict] = {
-    "default": {},
-    "tiny": {
-        "scenes": 48, "scene_size": 128, "steps": 400, "max_minutes": None, "stages": ((1.0, 64, 2),), "warmup": 20,
-        "ema": 0.98, "checkpoint_every": 100, "validate_every": 400, "validation_size": 128, "log_every": 20,
-    },
-    "published": {
-        "objective": "random_wr", "scenes": 20_000, "odd_strengths": 0.0, "steps": 300_000, "max_minutes": None,
-        "stages": ((1.0, 256, 6),), "augment": False, "lr": 1e-5, "lr_end": 1e-5, "warmup": 1, "betas": (0.9, 0.999),
-        "eps": 1e-6, "weight_decay": 1e-5, "ema": 0.0, "wrong_every": 1, "subnet": "float32",
-        "checkpoint_every": 1000, "validate_every": 5000,
-    },
-}  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- pictures
@@ -147,7 +126,6 @@ _PRESETS: dict[str, dict] = {
 def _pair(task: tuple[Config, int, str | None]) -> np.ndarray:
     """One training pair (picture, obfuscated), uint8 [2, size, size, 3]."""
     config, index, file = task
-    torch.set_num_threads(1)
     if file is None:
         picture = scene(config.seed, index, config.scene_size)
     else:
@@ -170,20 +148,31 @@ def _photograph(file: str, size: int) -> np.ndarray:
     try:
         with Image.open(file) as opened:
             photo = ImageOps.exif_transpose(opened).convert("RGB")
-            return np.asarray(ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC))
+            return np.array(ImageOps.fit(photo, (size, size), Image.Resampling.BICUBIC))
     except OSError as error:
         raise UserError(f"cannot read {file} as a picture: {error}; take it out of the training folder") from error
 
 
-def _files(config: Config) -> list[str | None]:
-    """One entry per training pair: a photograph's path, or None for a painted scene."""
-    if config.data is None:
-        return [None] * config.scenes
+def _photographs(config: Config) -> list[str]:
+    """Photographs of the training folder in a fixed random order, so that a part does not stand for all of it."""
     files = sorted(str(p) for p in Path(config.data).rglob("*") if p.suffix.lower() in (".jpg", ".jpeg", ".png"))
     if not files:
         raise UserError(f"{config.data} holds no .jpg, .jpeg or .png file; give a folder of photographs")
-    # A fixed draw, so that a part of a sorted collection does not stand for all of it.
-    return list(np.random.default_rng(config.seed).permutation(files)[: config.scenes])
+    return list(np.random.default_rng(config.seed).permutation(files))
+
+
+def _held_out(config: Config) -> list[str]:
+    """The last of them, one in ten and at most 16, are kept from training."""
+    files = [] if config.data == PROCEDURAL else _photographs(config)
+    return files[len(files) - min(16, len(files) // 10) :]
+
+
+def _files(config: Config) -> list[str | None]:
+    """One entry per training pair: a photograph's path, or None for a painted scene."""
+    if config.data == PROCEDURAL:
+        return [None] * config.scenes
+    files = _photographs(config)
+    return list(files[: len(files) - len(_held_out(config))][: config.scenes])
 
 
 def _pool(folder: Path, config: Config, quiet: bool) -> np.ndarray:
@@ -196,8 +185,14 @@ def _pool(folder: Path, config: Config, quiet: bool) -> np.ndarray:
         partial = path.with_suffix(".partial")
         shape = (len(tasks), 2, config.scene_size, config.scene_size, 3)
         pool = np.lib.format.open_memmap(partial, "w+", np.uint8, shape)
-        with ProcessPoolExecutor(config.workers, get_context("spawn")) as executor:
-            pairs = executor.map(_pair, tasks, chunksize=8)
+        with contextlib.ExitStack() as stack:
+            if config.workers:
+                executor = ProcessPoolExecutor(
+                    config.workers, get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+                )
+                pairs = stack.enter_context(executor).map(_pair, tasks, chunksize=8)
+            else:
+                pairs = map(_pair, tasks)
             for index, pair in enumerate(track(pairs, "preparing pictures", total=len(tasks), disable=quiet)):
                 pool[index] = pair
         pool.flush()
@@ -365,218 +360,107 @@ def evaluate(
 # ----------------------------------------------------------------------------------------------------------- training
 
 
-class _Run:
-    """Everything that a checkpoint holds: weights, their average, optimiser moments, step and elapsed seconds."""
-
-    def __init__(self, config: Config, folder: Path) -> None:
-        self.config, self.path = config, folder / "state.safetensors"
-        torch.manual_seed(config.seed)
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = ProFaceS(subnet_dtype=getattr(torch, config.subnet))
-        self.model.reset_parameters(config.init_std)
-        self.model.to(self.device)
-        self.average = {name: p.detach().clone() for name, p in self.model.named_parameters()}
-        self.optimizer = torch.optim.Adam(
-            self.model.parameters(), config.lr, config.betas, config.eps, config.weight_decay, fused=True
-        )
-        self.step, self.earlier = 0, 0.0
-        self.started = time.monotonic()
-        if self.path.exists():
-            self._load()
-
-    @property
-    def seconds(self) -> float:
-        return self.earlier + time.monotonic() - self.started
-
-    @property
-    def progress(self) -> float:
-        """Fraction of the way that is gone, 0 to 1."""
-        part = self.step / self.config.steps
-        if self.config.max_minutes is not None:
-            part = max(part, self.seconds / (60 * self.config.max_minutes))
-        return min(part, 1.0)
-
-    def learning_rate(self) -> float:
-        config = self.config
-        rate = config.lr_end + (config.lr - config.lr_end) * (1 + math.cos(math.pi * self.progress)) / 2
-        return rate * min(1.0, (self.step + 1) / max(1, config.warmup))
-
-    def save(self) -> None:
-        tensors = {}
-        for name, parameter in self.model.named_parameters():
-            tensors[f"model.{name}"] = parameter.detach()
-            tensors[f"ema.{name}"] = self.average[name]
-            moments = self.optimizer.state.get(parameter, {})
-            for key in ("exp_avg", "exp_avg_sq", "step"):
-                if key in moments:
-                    tensors[f"{key}.{name}"] = moments[key].detach().clone()
-        about = {"step": self.step, "seconds": self.seconds, "config": dataclasses.asdict(self.config)}
-        _write_tensors(self.path, tensors, {"about": json.dumps(about)})
-
-    def _load(self) -> None:
-        from safetensors import safe_open
-
-        with safe_open(self.path, "pt") as file:
-            about = json.loads(file.metadata()["about"])
-            tensors = {key: file.get_tensor(key).to(self.device) for key in file.keys()}
-        self.step, self.earlier = about["step"], about["seconds"]
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(tensors[f"model.{name}"])
-                self.average[name].copy_(tensors[f"ema.{name}"])
-                if f"step.{name}" in tensors:
-                    self.optimizer.state[parameter] = {
-                        key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")
-                    }
-
-    @torch.no_grad()
-    def update_average(self) -> None:
-        # A short memory at first, so that the average does not drag the initial weights along.
-        decay = min(self.config.ema, (1 + self.step) / (10 + self.step))
-        for name, parameter in self.model.named_parameters():
-            self.average[name].lerp_(parameter, 1 - decay)
-
-    def averaged_model(self) -> ProFaceS:
-        model = ProFaceS(subnet_dtype=self.model.subnet_dtype).to(self.device)
-        model.load_state_dict(self.average)
-        return model.eval()
-
-
-def _train_step(run: _Run, pool: np.ndarray, perceptual: Perceptual | None) -> dict[str, float]:
-    config, step = run.config, run.step
-    # Batches and keys depend on (seed, step) alone, so a resumed run sees what an unbroken one would have seen.
-    rng = np.random.default_rng((config.seed, step, 2))
-    crop, batch = next((c, b) for until, c, b in config.stages if run.progress <= until)
-    image, hidden = (t.to(run.device) for t in _batch(pool, crop, batch, config.augment, rng))
-    key = random_key_map(batch, crop, crop, rng).to(run.device)
-    rate = run.learning_rate()
-    for group in run.optimizer.param_groups:
-        group["lr"] = rate
-
-    released = config.objective != "deployable"
-    protected = run.model.protect(image, hidden, key)
-    stored = protected if released else store_8bit(protected)
-    draw_wrong = random_key_map if released else wrong_key_map
-    other_key = draw_wrong(batch, crop, crop, rng).to(run.device)
-    wrong = None
-    if released or step % config.wrong_every == 0:
-        both = run.model.recover(torch.cat((stored, stored)), torch.cat((key, other_key)))
-        recovered, wrong = both.chunk(2)
-    else:
-        recovered = run.model.recover(stored, key)
-    if released:
-        objective = random_wr_loss if config.objective == "random_wr" else obfuscated_wr_loss
-        loss, report = objective(image, hidden, stored, recovered, wrong, perceptual=perceptual)
-    else:
-        loss, report = deployable_loss(
-            image, hidden, stored, recovered, wrong,
-            protected_psnr=config.protected_psnr, wrong_psnr=config.wrong_psnr,
-            protected_weight=config.protected_weight, wrong_weight=config.wrong_weight,
-            leak_weight=config.leak_weight if run.progress >= config.leak_from else 0.0,
-        )  # fmt: skip
-    run.optimizer.zero_grad(set_to_none=True)
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), config.clip)
-    if torch.isfinite(norm):
-        run.optimizer.step()
-    run.step += 1
-    run.update_average()
-    return report | {"loss": loss.item(), "norm": norm.item()}
-
-
-def train(config: Config, out: str | Path, *, perceptual: Perceptual | None = None, quiet: bool = False) -> ProFaceS:
-    """Train, or go on with the run in ``out``; killing it at any moment loses at most ``checkpoint_every`` steps.
-
-    Writes ``config.json``, ``pool.npy`` (training pairs), ``state.safetensors`` (weights, average, optimiser),
-    ``log.csv`` and ``validation.csv``. Uses the GPU if there is one. The same settings give the same run, step by step,
-    unless ``max_minutes`` decides its end.
+class Recipe(engine.Recipe):
+    """Training and evaluation of PRO-Face S.
 
     Args:
-        config: settings. A run that exists must have been started with the same ones.
-        out: folder of the run, created if need be.
-        perceptual: the released objectives' perceptual distance, see :func:`~.losses.random_wr_loss`.
-        quiet: no progress bar.
-
-    Returns:
-        The network with the averaged weights.
-
-    Raises:
-        UserError: the folder holds a run with other settings, or there is nothing to train on.
+        config: settings.
+        perceptual: the released objectives' perceptual distance, see :func:`~.losses.random_wr_loss`; None takes LPIPS
+            on VGG-16, as published, if ``config.perceptual`` asks for it.
     """
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    settings = json.dumps(dataclasses.asdict(config), indent=1)
-    record = folder / "config.json"
-    if record.exists() and record.read_text() != settings:
-        raise UserError(f"{folder} holds a run with other settings; give another folder, or the same settings")
-    record.write_text(settings)
+    Config = Config
 
-    pool = _pool(folder, config, quiet)
-    run = _Run(config, folder)
-    bar = Progress(TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:>5.1f}%"),
-                   TimeElapsedColumn(), TextColumn("{task.fields[left]}"), disable=quiet)  # fmt: skip
-    with bar, _Log(folder / "log.csv", run.step) as log, _Log(folder / "validation.csv", run.step) as validation:
-        task = bar.add_task("training", total=1.0, completed=run.progress, left="")
-        reports: dict[str, list[float]] = {}
-        photographs = validation_pictures(config.validation_size)
-        begun, at = run.progress, time.monotonic()
-        while run.progress < 1:
-            for name, value in _train_step(run, pool, perceptual).items():
-                reports.setdefault(name, []).append(value)
-            if run.step % config.log_every == 0:
-                means = {name: float(np.mean(values)) for name, values in sorted(reports.items())}
-                reports.clear()
-                log.write({"step": run.step, "minutes": run.seconds / 60, "lr": run.learning_rate(), **means})
-                left = (1 - run.progress) * (time.monotonic() - at) / max(run.progress - begun, 1e-9) / 60
-                shown = "  ".join(f"{name} {value:.2f}" for name, value in means.items() if name != "norm")
-                bar.update(task, completed=run.progress, left=f"{left:.0f} min left",
-                           description=f"step {run.step}  {shown}")  # fmt: skip
-            done = run.progress >= 1
-            if run.step % config.validate_every == 0 or done:
-                for row in evaluate(run.averaged_model(), photographs):
-                    validation.write({"step": run.step, "minutes": run.seconds / 60, **row})
-            if run.step % config.checkpoint_every == 0 or done:
-                run.save()
-    return run.averaged_model()
+    def __init__(self, config: Config, perceptual: Perceptual | None = None) -> None:
+        super().__init__(config)
+        self.perceptual = perceptual
+
+    def prepare(self, folder: Path, quiet: bool) -> None:
+        """Make the training pairs, ``pool.npy``."""
+        if self.perceptual is None and self.config.perceptual and self.config.objective != "deployable":
+            self.perceptual = _vgg_lpips()
+        self.pool = _pool(folder, self.config, quiet)
+
+    def model(self) -> ProFaceS:
+        model = ProFaceS(subnet_dtype=getattr(torch, self.config.subnet))
+        model.reset_parameters(self.config.init_std)
+        return model
+
+    def optimizers(self, model: nn.Module) -> torch.optim.Optimizer:
+        config = self.config
+        return torch.optim.Adam(
+            model.parameters(), config.lr, config.betas, config.eps, config.weight_decay, fused=True
+        )
+
+    def step(self, run: engine.Run, batch: None) -> dict[str, Tensor | float]:
+        config, step, model = self.config, run.step, run.model
+        # Batches and keys depend on (seed, step) alone, and every process takes its share of them.
+        rng = np.random.default_rng((config.seed, step, 2))
+        crop, count = next((c, round(config.batch_size * p)) for until, c, p in config.stages if run.progress <= until)
+        mine = run.share(count)
+        image, hidden = (t[mine].to(run.device) for t in _batch(self.pool, crop, count, config.augment, rng))
+        key = random_key_map(count, crop, crop, rng)[mine].to(run.device)
+        for group in run.optimizers["main"].param_groups:
+            group["lr"] = self._learning_rate(run)
+
+        released = config.objective != "deployable"
+        protected = model.protect(image, hidden, key)
+        stored = protected if released else store_8bit(protected)
+        draw_wrong = random_key_map if released else wrong_key_map
+        other_key = draw_wrong(count, crop, crop, rng)[mine].to(run.device)
+        wrong = None
+        if released or step % config.wrong_every == 0:
+            both = model.recover(torch.cat((stored, stored)), torch.cat((key, other_key)))
+            recovered, wrong = both.chunk(2)
+        else:
+            recovered = model.recover(stored, key)
+        if released:
+            objective = random_wr_loss if config.objective == "random_wr" else obfuscated_wr_loss
+            loss, report = objective(image, hidden, stored, recovered, wrong, perceptual=self._distance(run))
+        else:
+            loss, report = deployable_loss(
+                image, hidden, stored, recovered, wrong,
+                protected_psnr=config.protected_psnr, wrong_psnr=config.wrong_psnr,
+                protected_weight=config.protected_weight, wrong_weight=config.wrong_weight,
+                leak_weight=config.leak_weight if run.progress >= config.leak_from else 0.0,
+            )  # fmt: skip
+        return {"loss": loss} | report
+
+    def _learning_rate(self, run: engine.Run) -> float:
+        config = self.config
+        rate = config.lr_end + (config.lr - config.lr_end) * (1 + math.cos(math.pi * run.progress)) / 2
+        return rate * min(1.0, (run.step + 1) / max(1, config.warmup))
+
+    def _distance(self, run: engine.Run) -> Perceptual | None:
+        if isinstance(self.perceptual, nn.Module):
+            self.perceptual.to(run.device)
+        return self.perceptual
+
+    def validate(self, network: nn.Module) -> list[engine.Row]:
+        """Photographs never trained on, read back from 8-bit PNG; see :func:`evaluate`."""
+        return evaluate(network, validation_pictures(self.config.validation_size))
+
+    def evaluate(self, network: nn.Module) -> list[engine.Row]:
+        """As :meth:`validate`; from a folder of photographs, those that training leaves out."""
+        files = _held_out(self.config)
+        if not files:
+            return self.validate(network)
+        pictures = {Path(file).name: _to_tensor(_photograph(file, self.config.validation_size)[None]) for file in files}
+        return evaluate(network, pictures)
 
 
-def export(model: ProFaceS, path: str | Path, about: dict[str, str] | None = None) -> None:
-    """Write a model's weights as safetensors, complete or not at all; ``about`` goes into the file's metadata."""
-    _write_tensors(Path(path), {k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, about)
-
-
-def _write_tensors(path: Path, tensors: dict[str, Tensor], about: dict[str, str] | None) -> None:
-    from safetensors.torch import save
-
-    temporary = path.with_name(path.name + ".partial")
-    # Plain bytes, because safetensors' own writer makes files that only their owner can read.
-    temporary.write_bytes(save(tensors, about))
-    os.replace(temporary, path)
-
-
-class _Log:
-    """A CSV file that grows row by row; rows after ``step``, from a run that was killed, are dropped when it opens."""
-
-    def __init__(self, path: Path, step: int) -> None:
-        if path.exists():
-            with path.open(newline="") as file:
-                rows = list(csv.reader(file))
-            kept = rows[:1] + [row for row in rows[1:] if row and row[0].isdigit() and int(row[0]) <= step]
-            with path.open("w", newline="") as file:
-                csv.writer(file).writerows(kept)
-        self.path = path
-
-    def __enter__(self) -> _Log:
-        self.file = self.path.open("a", newline="")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def write(self, row: dict[str, object]) -> None:
-        if self.file.tell() == 0:
-            csv.writer(self.file).writerow(row)
-        csv.writer(self.file).writerow([f"{v:.5g}" if isinstance(v, float) else v for v in row.values()])
-        self.file.flush()
+def _vgg_lpips() -> Perceptual:
+    """The perceptual distance of the released objectives."""
+    try:
+        import lpips
+    except ImportError:
+        raise UserError(
+            "the released objectives need LPIPS: pip install lpips; or leave it out with --set perceptual=false"
+        ) from None
+    folder = Path(torch.hub.get_dir()) / "checkpoints"
+    if not (folder / VGG).exists():
+        raise UserError(
+            f"LPIPS needs VGG-16's weights for ImageNet: put https://download.pytorch.org/models/{VGG} into {folder}; "
+            f"or leave it out with --set perceptual=false"
+        )
+    return lpips.LPIPS(net="vgg", verbose=False).requires_grad_(False)
