@@ -610,7 +610,6 @@ constexpr int kDotPixels = 6;
 #else
 constexpr int kDotPixels = 2;
 #endif
-constexpr std::int64_t kDotSteps = 64;  // vectors taken at once, so that the weights are met again in the first cache
 
 // Holds a value in a register that the compiler would rather load again for every use.
 template <class V>
@@ -634,15 +633,15 @@ PYFACE_INLINE typename Arithmetic<T>::operand load_factors(const X* p) {
   }
 }
 
-// sums[pixel][out] += sum over steps of weights[out][step] * columns[pixel][step], `length` numbers each.
+// sums[pixel][out] = sum over steps of weights[out][step] * columns[pixel][step], `length` numbers each, lane by lane.
 template <class X, class T, int R, int Q>
 __attribute__((noinline)) void dots(const X* weights, std::int64_t row, const T* columns, std::int64_t column_row,
-                                    std::int64_t length, Sum<T>* sums, bool add) {
+                                    std::int64_t length, Sum<T>* sums) {
   typedef Arithmetic<T> A;
   constexpr std::int64_t step = Lanes<Sum<T>>::count * A::pair;
   Sum<T> s[Q][R];
   for (int q = 0; q < Q; ++q)
-    for (int r = 0; r < R; ++r) s[q][r] = add ? sums[q * kDots + r] : Sum<T>{};
+    for (int r = 0; r < R; ++r) s[q][r] = Sum<T>{};
   auto take = [&](const X* w, std::int64_t w_row, std::int64_t t) __attribute__((always_inline)) {
     typename A::operand factors[R];
 #pragma GCC unroll 4
@@ -681,7 +680,6 @@ template <class X, class T>
 void run_few(const DeformConv& a, const Forward<X, T>& f, int threads) {
   typedef typename Storage<X>::vector V;
   constexpr int W = Lanes<V>::count;
-  constexpr std::int64_t step = W * Arithmetic<T>::pair;
   const DeformConvShape& s = a.shape;
   const std::int64_t pixels = s.batch * f.pixels, length = f.inputs * f.taps;
   if (f.images) copy_images(a, f, 0, s.batch, threads);
@@ -725,13 +723,11 @@ void run_few(const DeformConv& a, const Forward<X, T>& f, int threads) {
       const T* const columns = f.natural + group * pixels * f.row;
       const std::int64_t tiles = ceil_div(pixels, kDotPixels);
       for (std::int64_t i = 0; i < pixels * kDots + W; ++i) sums[i] = Sum<T>{};
-      for (std::int64_t t = 0; t < length; t += kDotSteps * step)
-        for (std::int64_t i = 0; i < tiles; ++i) {
-          const std::int64_t p = pixels * i / tiles;
-          dots_of<X, T, kDots, kDotPixels>(outs, pixels * (i + 1) / tiles - p, weights + t, length,
-                                           columns + p * f.row + t, f.row, smaller(kDotSteps * step, length - t),
-                                           sums + p * kDots, t > 0);
-        }
+      for (std::int64_t i = 0; i < tiles; ++i) {
+        const std::int64_t p = pixels * i / tiles;
+        dots_of<X, T, kDots, kDotPixels>(outs, pixels * (i + 1) / tiles - p, weights, length, columns + p * f.row, f.row,
+                                         length, sums + p * kDots);
+      }
       for (std::int64_t i = 0; i < pixels * kDots; i += W) store(values + i, reduce(sums + i));
       for (std::int64_t r = 0; r < outs; ++r) {
         const V bias = splat<V>(a.bias ? widen(((const X*)a.bias)[out + r]) : 0);
