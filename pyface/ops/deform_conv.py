@@ -443,12 +443,15 @@ def deform_conv2d(
         Positions, interpolation and sums are float32 at least; in bfloat16 the interpolated values are rounded once,
         before the products. The path `cpu` takes float32, float64 and bfloat16; a CPU without AVX512-BF16 makes the
         same roundings at the speed of float32. Under autocast input, weight and bias take its type, as in a
-        convolution.
+        convolution. The paths `triton` and `cuda` take float16 too; they multiply float32 in TF32 only where
+        `torch.backends.cuda.matmul` allows it.
 
     Gradients: of every argument, to second order; forward mode; vmap. Only those asked for are computed. At a whole
         position the derivative is that from below and from the right, as in torchvision. Second order and forward mode
         run in plain PyTorch: correct, but several times slower, and with columns in memory.
-    Deterministic: on the path `cpu` results and gradients do not depend on the number of threads, bit for bit.
+    Deterministic: on the path `cpu` results and gradients do not depend on the number of threads, bit for bit. On GPUs
+        everything but the gradient of the input always has the same bits; that too under
+        `torch.use_deterministic_algorithms(True)`.
     Non-finite values: an offset that is NaN or infinite reads nothing and has a zero gradient. A NaN pixel reaches the
         outputs that interpolate it, with weight 0 at whole positions too.
 
