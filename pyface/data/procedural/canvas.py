@@ -315,20 +315,9 @@ def _wrapped(kind: str) -> torch.Tensor:
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bilinear resampling of the last two axes to [height, width], picture borders aligned."""
-    out = image
-    for axis, count in ((-2, height), (-1, width)):
-        low, share = _taps(out.shape[axis], count)
-        a, b = out.take(low, axis), out.take(np.minimum(low + 1, out.shape[axis] - 1), axis)
-        share = share[:, None] if axis == -2 else share
-        out = a + share * (b - a)
-    return out
-
-
-@cache
-def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    at = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
-    low = np.minimum(at.astype(np.int64), max(source - 2, 0))
-    return low, (at - low).astype(np.float32)
+    maps = torch.from_numpy(image.reshape(1, -1, *image.shape[-2:]))
+    out = torch.nn.functional.interpolate(maps, (height, width), mode="bilinear", align_corners=False)
+    return out.numpy().reshape(*image.shape[:-2], height, width)
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:

@@ -44,7 +44,11 @@ def gaze_direction(gaze: tuple[float, float]) -> np.ndarray:
 def smooth(low: float, high: float, x):
     """Hermite step from 0 at ``low`` to 1 at ``high`` (either may be the larger)."""
     t = np.minimum(np.maximum((x - low) * (1.0 / (high - low)), 0), 1)
-    return t * t * (3 - 2 * t)
+    square = t * t
+    t *= -2
+    t += 3
+    t *= square
+    return t
 
 
 def clip(x, low: float, high: float):

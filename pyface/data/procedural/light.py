@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
 from scipy import special
@@ -35,8 +35,9 @@ def towards_light(light: Light) -> np.ndarray:
     return np.array((math.sin(light.azimuth) * c, math.sin(light.elevation), math.cos(light.azimuth) * c))
 
 
+@lru_cache(2)  # the frames of a clip, and a face before and after an edit, have the same one
 def backdrop(background: Background, size: int) -> np.ndarray:
-    """What is behind, out of focus: linear float32 [3, size, size]."""
+    """What is behind, out of focus: linear float32 [3, size, size], not to be written to."""
     rng = np.random.default_rng(background.seed)
     base, accent = linear(background.colour), linear(background.accent)
     grid = _GRID

@@ -169,7 +169,9 @@ def _age(paint: _Paint, person: Person, m: Measures) -> None:
     """Wrinkles and folds: dark lines with a lit edge, by bending the normal and darkening."""
     x, y, side = paint.hit.x, paint.hit.y, np.abs(paint.hit.x)
     cheer = max(m.smile, 0.0)
-    lines = (0.08 + 0.42 * m.old + 0.28 * cheer * (1 - 0.6 * m.child)) * head._fold(m, side, y)
+    lines = np.zeros_like(x)
+    at = np.flatnonzero((side < m.mouth_width + 0.2) & (np.abs(y - 0.5 * (m.nose_base + m.mouth_y)) < 0.3))
+    lines[at] = (0.08 + 0.42 * m.old + 0.28 * cheer * (1 - 0.6 * m.child)) * head._fold(m, side[at], y[at])
     crow = max(m.old - 0.1, 0) + 0.35 * cheer * (m.age > 28)
     if crow > 0.05:
         u, v = side - m.eye_x - m.eye_width - 0.02, y - m.eye_y - 0.01
@@ -188,10 +190,10 @@ def _age(paint: _Paint, person: Person, m: Measures) -> None:
         lines += 0.5 * m.old * bump(side - m.eye_x + 0.02, y + 0.135 - 0.25 * (side - m.eye_x) ** 2, 0.13, 0.013)
         blotch = texture("mottle", x * 90 + person.seed % 89, y * 90)
         lines += 0.18 * m.old * smooth(0.8, 2.2, blotch) * (1 - person.skin.tone)
-    shade = clip(lines, 0, 0.8)
-    paint.out[0] *= 1 - 0.30 * shade
-    paint.out[1] *= 1 - 0.40 * shade
-    paint.out[2] *= 1 - 0.42 * shade
+    at = np.flatnonzero(lines > 1e-3)
+    shade = np.minimum(lines[at], 0.8)
+    for c, share in enumerate((0.30, 0.40, 0.42)):
+        paint.out[c, at] *= 1 - share * shade
 
 
 def _nostrils(paint: _Paint, m: Measures) -> None:
@@ -211,11 +213,12 @@ def _nostrils(paint: _Paint, m: Measures) -> None:
         part.out[c] *= shade - extra * crease
     paint.put(part)
     # The region of the nose: bridge, tip and wings.
-    x, y = paint.hit.x, paint.hit.y
-    t = clip((m.nose_root - y) / (m.nose_root - m.nose_tip), 0, 1)
+    at = np.flatnonzero((np.abs(x) < m.nose_wing + 0.02) & (paint.y < 0.07) & (paint.y > m.nose_base - 0.02))
+    side, y = np.abs(x[at]), paint.y[at]
+    t = clip((m.nose_root - y) * (1 / (m.nose_root - m.nose_tip)), 0, 1)
     edge = 0.065 + (m.nose_wing + 0.012 - 0.065) * t**1.6
-    inside = (np.abs(x) < edge) & (y < 0.07) & (y > m.nose_base - 0.012 + 0.35 * np.maximum(np.abs(x) - 0.08, 0))
-    paint.ident[inside & (paint.hit.direction[2] > 0.05)] = 2
+    inside = (side < edge) & (y > m.nose_base - 0.012 + 0.35 * np.maximum(side - 0.08, 0))
+    paint.ident[at[inside & (paint.hit.direction[2, at] > 0.05)]] = 2
 
 
 def _lips(paint: _Paint, person: Person, m: Measures) -> None:
