@@ -6,14 +6,16 @@ plane z = 0 sees the points (X, Y, 0) + z (-X / D, -Y / D, 1), where D is the ca
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 
 import numpy as np
+import torch
 from scipy import ndimage
 
 from pyface.data.procedural import head
-from pyface.data.procedural.head import Surface, clip
+from pyface.data.procedural.head import Surface, bilinear, clip
 
 # Channels of the material buffer.
 ALBEDO, NORMAL, AMBIENT, GLOSS, FLESH, SHEEN = slice(0, 3), slice(3, 6), 6, 7, 8, 9
@@ -41,6 +43,11 @@ class Canvas:
         self.ident = np.zeros((size, size), np.uint8)
         self.cover = np.zeros((size, size), np.float32)
         self.material = np.zeros((CHANNELS, size, size), np.float32)
+
+    def bands(self) -> list[slice]:
+        """All rows, in pieces whose arrays fit the cache."""
+        rows = max((1 << 14) // self.size, 1)
+        return [slice(top, top + rows) for top in range(0, self.size, rows)]
 
     def project(self, points: np.ndarray) -> np.ndarray:
         """Points [..., 3] -> pixels [..., 2], (x, y)."""
@@ -82,7 +89,9 @@ class Canvas:
         share = (alpha + (whole - alpha) * (1 - before)) / np.maximum(cover, 1e-4)
         if isinstance(where[0], slice):
             under = self.material[(slice(None), *where)]
-            under += share * (material - under)
+            material = material - under
+            material *= share
+            under += material
         else:
             flat = where[0] * self.size + where[1]
             for buffer, channel in zip(self.material.reshape(CHANNELS, -1), material):
@@ -143,25 +152,23 @@ def ellipsoid(canvas: Canvas, axes: np.ndarray, centre, radii, top: int = 0) -> 
         return None
     box = slice(max(box[0].start, top), box[0].stop), box[1]
     inverse = (axes / np.asarray(radii)).T  # camera-aligned -> local
-    x, y = canvas.x[box[1]][None], canvas.y[box[0]][:, None]
-    start, ray = [], []
-    for i in range(3):
-        a, b, c = (float(v) for v in inverse[i])
-        plane = a * x + b * y
-        start.append(plane - float(inverse[i] @ centre))
-        ray.append(c - plane * (1 / canvas.distance))
-    qa = ray[0] ** 2 + ray[1] ** 2 + ray[2] ** 2
-    qb = start[0] * ray[0] + start[1] * ray[1] + start[2] * ray[2]
-    closest = start[0] ** 2 + start[1] ** 2 + start[2] ** 2 - qb * qb / qa
+    towards = inverse.astype(np.float32)[:, :, None, None]
+    start = towards[:, 0] * canvas.x[box[1]] + towards[:, 1] * canvas.y[box[0]][:, None]
+    ray = towards[:, 2] - start * (1 / canvas.distance)
+    start -= (inverse @ centre).astype(np.float32)[:, None, None]
+    qa, qb = _dot(ray, ray), _dot(start, ray)
+    closest = _dot(start, start) - qb * qb / qa
     z = (np.sqrt(np.maximum((1 - closest) * qa, 0)) - qb) / qa
     edge = float(min(extent[0], extent[1])) * canvas.unit
     alpha = clip(0.5 + (1 - np.sqrt(np.maximum(closest, 0))) * edge, 0, 1)
-    local = np.stack([s + z * r for s, r in zip(start, ray)])
-    normal = np.empty_like(local)
-    for i in range(3):
-        normal[i] = sum(float(inverse[j, i]) * local[j] for j in range(3))
-    normal /= np.sqrt((normal * normal).sum(0)) + 1e-6
+    local = start + z * ray
+    normal = towards[0] * local[0] + towards[1] * local[1] + towards[2] * local[2]
+    normal /= head.length(*normal) + 1e-6
     return Hit(box, z, alpha, normal, local)
+
+
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    return a[0] * b[0] + a[1] * b[1] + a[2] * b[2]
 
 
 @dataclass(frozen=True)
@@ -189,7 +196,7 @@ def meet_head(canvas: Canvas, axes: np.ndarray, shape: Surface) -> HeadHit:
     start_z, box = _splat(canvas, axes.astype(np.float32), shape)
     inside = np.flatnonzero(start_z > FAR)
     height, width = start_z.shape
-    rows, columns = inside // width, inside % width
+    rows, columns = np.divmod(inside, max(width, 1))
     rows += box[0].start
     columns += box[1].start
     gx, gy, t = canvas.x[columns], canvas.y[rows], start_z.ravel()[inside]
@@ -197,50 +204,53 @@ def meet_head(canvas: Canvas, axes: np.ndarray, shape: Surface) -> HeadHit:
     ray = to_head[:, 2, None] - start * np.float32(1 / canvas.distance)
     nearest, nearest_z = np.full(len(inside), 9.0, np.float32), t.copy()
     active, s, r = np.arange(len(inside)), start, ray
+    near, near_z = nearest, nearest_z  # of the active rays
     gap_before = t_before = t
     for step in range(12):
         p = t * r
         p += s
-        length = np.sqrt(p[0] * p[0] + p[1] * p[1] + p[2] * p[2])
-        outward = (p[0] * r[0] + p[1] * r[1] + p[2] * r[2]) / length
-        p *= 1 / length
-        gap = length - _radius(shape, p)
-        before = nearest[active]
+        length = head.length(*p)
+        p /= length
+        gap = length - head.sample(shape.radius, p)[0]
+        outward = _dot(p, r)
         away = np.abs(gap)
-        better = away < before
-        nearest[active] = np.where(better, away, before)
-        nearest_z[active] = np.where(better, t, nearest_z[active])
         if step == 0:
             slope = np.maximum(outward, 0.4)
         else:  # the secant through the last two points
             moved = t - t_before
-            slope = (gap - gap_before) / np.where(np.abs(moved) < 1e-5, 1e-5, moved)
-            slope = np.minimum(np.maximum(slope, 0.25), 4.0)
+            moved[np.abs(moved) < 1e-5] = 1e-5
+            slope = clip((gap - gap_before) / moved, 0.25, 4.0)
         gap_before, t_before = gap, t
         t = t - np.minimum(gap / slope, 0.15)
+        done = away < 4e-3
+        better = away < near
+        near, near_z = np.where(better, away, near), np.where(better, np.where(done, t, t_before), near_z)
         if step:
-            go = np.flatnonzero((away > 2e-3) & ((outward > -0.1) | (gap < 0)))
-            if len(go) <= 0.002 * len(inside):
+            done |= (outward < -0.1) & (gap > 0)
+            go, over = np.flatnonzero(~done), np.flatnonzero(done)
+            if len(go) <= 0.002 * len(inside) or step == 11:
+                over, go = np.arange(len(done)), go[:0]
+            nearest[active[over]], nearest_z[active[over]] = near[over], near_z[over]
+            if not len(go):
                 break
             active, s, r, t = active[go], s.take(go, 1), r.take(go, 1), t[go]
-            gap_before, t_before = gap_before[go], t_before[go]
+            gap_before, t_before, near, near_z = gap_before[go], t_before[go], near[go], near_z[go]
     alpha = clip(0.5 - (nearest - 0.002) * canvas.unit, 0, 1)
     alpha[nearest < 0.004] = 1
     seen = np.flatnonzero(alpha > 0.02)
     z = nearest_z[seen]
     point = start.take(seen, 1) + z * ray.take(seen, 1)
-    direction = point / np.sqrt((point * point).sum(0))
+    direction = point / head.length(*point)
     return HeadHit(
         rows[seen], columns[seen], z, alpha[seen], direction, point, *head.to_face(direction),
-        _sample(shape.cells, direction),
+        head.sample(shape.cells, direction),
     )  # fmt: skip
 
 
 def _splat(canvas: Canvas, axes: np.ndarray, shape: Surface) -> tuple[np.ndarray, Box]:
     """A depth a little before the head's, [h, w] over a box of pixels; :data:`FAR` where the head cannot be."""
-    count = head.CHART
-    every = shape.radius.reshape(count, count)[::2, ::2].ravel() * head.chart_directions()[:, ::2, ::2].reshape(3, -1)
-    points = axes @ every
+    every = shape.radius[0, 0, ::2, ::2].numpy() * head.chart_directions()[:, ::2, ::2]
+    points = axes @ every.reshape(3, -1)
     z = points[2]
     scale = canvas.unit / (1 - z * (1 / canvas.distance))
     coarse = max(round(0.11 * canvas.unit), 2)  # pixels per cell, wide enough that none within the head stays empty
@@ -258,33 +268,6 @@ def _splat(canvas: Canvas, axes: np.ndarray, shape: Surface) -> tuple[np.ndarray
     box = tuple(slice(int(k[0]) * coarse, min((int(k[-1]) + 1) * coarse, canvas.size)) for k in (rows, columns))
     fine = table[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].repeat(coarse, 0).repeat(coarse, 1)
     return fine[: box[0].stop - box[0].start, : box[1].stop - box[1].start], box
-
-
-def _corners(direction):
-    column, row = head.to_chart(direction)
-    c, r = column.astype(np.int32), row.astype(np.int32)
-    np.clip(c, 0, head.CHART - 2, out=c)
-    np.clip(r, 0, head.CHART - 2, out=r)
-    return r * head.CHART + c, column - c, row - r
-
-
-def _radius(shape: Surface, direction):
-    at, fc, fr = _corners(direction)
-    table = shape.radius
-    a, b = table.take(at), table.take(at + head.CHART)
-    a += fc * (table.take(at + 1) - a)
-    b += fc * (table.take(at + head.CHART + 1) - b)
-    return a + fr * (b - a)
-
-
-def _sample(cells: np.ndarray, direction) -> np.ndarray:
-    at, fc, fr = _corners(direction)
-    fc, fr = fc[:, None], fr[:, None]
-    a, b = cells.take(at, 0), cells.take(at + head.CHART, 0)
-    a += fc * (cells.take(at + 1, 0) - a)
-    b += fc * (cells.take(at + head.CHART + 1, 0) - b)
-    a += fr * (b - a)
-    return np.ascontiguousarray(a.T)
 
 
 # --- Textures ---
@@ -317,45 +300,50 @@ def tile(kind: str) -> np.ndarray:
 
 def texture(kind: str, x, y) -> np.ndarray:
     """Values of :func:`tile` at columns ``x`` and rows ``y`` (in texels, wrapped), bilinear."""
-    table = tile(kind).ravel()
-    fx, fy = np.floor(x), np.floor(y)
-    c, r = fx.astype(np.int32), fy.astype(np.int32)
-    fx, fy = x - fx, y - fy
-    c0, c1 = c & (TILE - 1), (c + 1) & (TILE - 1)
-    r0, r1 = (r & (TILE - 1)) * TILE, ((r + 1) & (TILE - 1)) * TILE
-    a, b = table.take(r0 + c0), table.take(r1 + c0)
-    a += fx * (table.take(r0 + c1) - a)
-    b += fx * (table.take(r1 + c1) - b)
-    return a + fy * (b - a)
+    at = np.empty((*np.broadcast_shapes(np.shape(x), np.shape(y)), 2), np.float32)
+    for axis, value in ((0, x), (1, y)):
+        turns = np.multiply(value, 2 / TILE, dtype=np.float32)
+        at[..., axis] = turns - 2 * np.floor(0.5 * turns) - 1
+    return bilinear(_wrapped(kind), at.reshape(-1, 2))[0].reshape(at.shape[:-1])
+
+
+@cache
+def _wrapped(kind: str) -> torch.Tensor:
+    """A tile with its first row and column again at the end: Tensor[1, 1, TILE + 1, TILE + 1]."""
+    return torch.from_numpy(np.pad(tile(kind), (0, 1), mode="wrap"))[None, None]
 
 
 def resize(image: np.ndarray, height: int, width: int) -> np.ndarray:
     """Bilinear resampling of the last two axes to [height, width], picture borders aligned."""
-    out = image
-    for axis, count in ((-2, height), (-1, width)):
-        low, share = _taps(out.shape[axis], count)
-        a, b = out.take(low, axis), out.take(np.minimum(low + 1, out.shape[axis] - 1), axis)
-        share = share[:, None] if axis == -2 else share
-        out = a + share * (b - a)
-    return out
-
-
-@cache
-def _taps(source: int, target: int) -> tuple[np.ndarray, np.ndarray]:
-    at = np.clip((np.arange(target) + 0.5) * source / target - 0.5, 0, source - 1)
-    low = np.minimum(at.astype(np.int64), max(source - 2, 0))
-    return low, (at - low).astype(np.float32)
+    maps = torch.from_numpy(image.reshape(1, -1, *image.shape[-2:]))
+    out = torch.nn.functional.interpolate(maps, (height, width), mode="bilinear", align_corners=False)
+    return out.numpy().reshape(*image.shape[:-2], height, width)
 
 
 def blur(image: np.ndarray, sigma: float) -> np.ndarray:
     """Gaussian blur of the last two axes."""
-    for axis in (-2, -1):
-        image = ndimage.gaussian_filter1d(image, sigma, axis, mode="nearest", truncate=2.5)
+    reach = max(int(2.5 * sigma + 0.5), 1)
+    weights = [math.exp(-0.5 * (k / sigma) ** 2) for k in range(reach + 1)]
+    total = weights[0] + 2 * sum(weights[1:])
+    height, width = image.shape[-2:]
+    for axis, size in ((-2, height), (-1, width)):
+        first, last = (image[..., k, :] if axis == -2 else image[..., k] for k in (slice(1), slice(-1, None)))
+        padded = np.concatenate((*[first] * reach, image, *[last] * reach), axis)
+        shifted = [padded[..., k : k + size, :] if axis == -2 else padded[..., k : k + size]
+                   for k in range(2 * reach + 1)]  # fmt: skip
+        image = shifted[reach] * (weights[0] / total)
+        for k in range(1, reach + 1):
+            image += (shifted[reach - k] + shifted[reach + k]) * (weights[k] / total)
     return image
 
 
 def linear(colour) -> np.ndarray:
-    """sRGB (3 numbers in [0, 1]) -> linear light, float32 [3]."""
+    """sRGB (3 numbers in [0, 1]) -> linear light, float32 [3], not to be written to."""
+    return _linear(tuple(colour))
+
+
+@lru_cache(256)
+def _linear(colour: tuple[float, float, float]) -> np.ndarray:
     return np.array([c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in colour], np.float32)
 
 

@@ -38,8 +38,8 @@ def cover(person: Person, view: View, m: Measures, direction: np.ndarray, skin: 
         groove = np.exp(-(((direction[0] - line) / 0.045) ** 2)) * smooth(0.45, 0.7, direction[1])
         thick = thick * (1 - 0.45 * groove * smooth(-0.5, 0.1, direction[2]))
     if hair.style != "bald" and hair.curl > 0.3:
-        at, scale = head.to_chart(direction), 200 / head.CHART
-        lumps = texture("mottle", at[0] * scale + person.seed % 251, at[1] * scale + person.seed % 97)
+        along = np.arange(head.CHART, dtype=np.float32) * (200 / head.CHART)
+        lumps = texture("mottle", along + person.seed % 251, along[:, None] + person.seed % 97)
         thick = thick * (1 + (0.04 if hair.style == "afro" else 0.22) * hair.curl * clip(lumps, -2, 2))
     if hair.style == "short" and hair.curl <= 0.5:  # brushed up at the front
         thick = thick + 0.05 * (1 + hair.length) * smooth(0.0, 0.1, margin) * bump(
@@ -55,7 +55,7 @@ def cover(person: Person, view: View, m: Measures, direction: np.ndarray, skin: 
         lift = 0.085 * smooth(0.0, 0.03, hat) + 0.06 * smooth(0.1, 0.8, hat)
         if view.hat == "beanie":
             lift = lift + 0.03 * smooth(0.0, 0.02, hat) * smooth(0.2, 0.17, hat)
-        thick = np.where(hat > 0, lift, thick * smooth(0.0, -0.12, hat) + 0.03 * (thick > 0.03))
+        thick = np.where(hat > 0, lift, thick * smooth(0.0, -0.12, hat) + np.float32(0.03) * (thick > 0.03))
     mask = np.full_like(skin, -1.0)
     if view.occluder == "mask":
         mask = np.minimum(

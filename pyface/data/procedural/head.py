@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import numpy as np
+import torch
 from scipy import ndimage
 
 from pyface.data.procedural.parameters import Person, View, beard_amount, effective_age, makeup_amount
@@ -43,7 +44,11 @@ def gaze_direction(gaze: tuple[float, float]) -> np.ndarray:
 def smooth(low: float, high: float, x):
     """Hermite step from 0 at ``low`` to 1 at ``high`` (either may be the larger)."""
     t = np.minimum(np.maximum((x - low) * (1.0 / (high - low)), 0), 1)
-    return t * t * (3 - 2 * t)
+    square = t * t
+    t *= -2
+    t += 3
+    t *= square
+    return t
 
 
 def clip(x, low: float, high: float):
@@ -51,10 +56,40 @@ def clip(x, low: float, high: float):
     return np.minimum(np.maximum(x, low), high)
 
 
+def length(*parts):
+    """Euclidean; ``numpy.hypot`` guards against overflow, which takes five times as long."""
+    return np.sqrt(sum((part * part for part in parts[1:]), parts[0] * parts[0]))
+
+
 def bump(x, y, width: float, height: float):
     """exp(-(x / width)^2 - (y / height)^2)."""
     x, y = x * (1 / width), y * (1 / height)
     return np.exp(-(x * x + y * y))
+
+
+def quadratic(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Terms [5, n] of which the logarithm of any :func:`bump` over ``x`` and ``y`` [n] is a sum."""
+    return np.stack((x * x, y * y, x, y, np.ones_like(x)))
+
+
+def bumps(terms: np.ndarray, places) -> np.ndarray:
+    """Weighted sum [n] of K bumps, many at the cost of a few.
+
+    Args:
+        terms: [5, n] from :func:`quadratic`.
+        places: K times (weight, x, y, width, height).
+    """
+    weight, x, y, width, height = np.array(places, np.float64).T
+    a, b = width**-2, height**-2
+    log = np.stack((-a, -b, 2 * a * x, 2 * b * y, -a * x * x - b * y * y), 1).astype(np.float32)
+    weight = weight.astype(np.float32)[:, None]
+    out = np.empty(terms.shape[1], np.float32)
+    block = 2048  # fits the cache, and is too little for BLAS to start threads
+    for low in range(0, len(out), block):
+        each = np.exp(log @ terms[:, low : low + block])
+        each *= weight
+        each.sum(0, out=out[low : low + block])
+    return out
 
 
 @dataclass(frozen=True)
@@ -182,11 +217,29 @@ def to_direction(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return np.stack((2 * u, 2 * v, 1 - square)) / (1 + square)
 
 
-def to_chart(direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Unit directions [3, ...] -> fractional column and row on the chart."""
+def to_chart(direction: np.ndarray) -> np.ndarray:
+    """Unit directions [3, n] -> float32 [n, 2]: column and row on the chart, from -1 to 1."""
+    out = np.empty((direction.shape[1], 2), np.float32)
     back = np.maximum(1 + direction[2], 1e-7)
-    scale = (0.5 * (CHART - 1) * (1 + _STRETCH)) / ((1 + _STRETCH * 0.5 * (1 - direction[2])) * np.sqrt(2 * back))
-    return direction[0] * scale + 0.5 * (CHART - 1), direction[1] * scale + 0.5 * (CHART - 1)
+    scale = (1 + _STRETCH) / ((1 + _STRETCH - 0.5 * _STRETCH * back) * np.sqrt(2 * back))
+    np.multiply(direction[0], scale, out=out[:, 0], casting="same_kind")
+    np.multiply(direction[1], scale, out=out[:, 1], casting="same_kind")
+    return out
+
+
+def bilinear(maps: torch.Tensor, at: np.ndarray) -> np.ndarray:
+    """Sample Tensor[1, K, H, W] at ``at`` [n, 2], (x, y) from -1 to 1 between the centres of the corners: [K, n].
+
+    torch does it in one pass, numpy in ten.
+    """
+    grid = torch.from_numpy(at.reshape(1, 1, -1, 2))
+    found = torch.nn.functional.grid_sample(maps, grid, padding_mode="border", align_corners=True)
+    return found.numpy()[0, :, 0]
+
+
+def sample(maps: torch.Tensor, direction: np.ndarray) -> np.ndarray:
+    """Values [K, n] of charts Tensor[1, K, CHART, CHART] at unit directions [3, n]."""
+    return bilinear(maps, to_chart(direction))
 
 
 @cache
@@ -204,13 +257,15 @@ def chart_directions() -> np.ndarray:
 
 
 @cache
-def _front() -> tuple[slice, slice, np.ndarray, np.ndarray]:
-    """The part of the chart with features on it, and its face coordinates."""
-    x, y = to_face(chart_directions())
-    inside = (np.abs(x) < 1.0) & (y > -1.3) & (y < 0.7) & (chart_directions()[2] > 0)
+def _front() -> tuple[slice, slice, np.ndarray, np.ndarray, np.ndarray]:
+    """The part of the chart's right half with features on it, its face coordinates, and their :func:`quadratic`."""
+    direction = chart_directions()[..., CHART // 2 :]
+    x, y = to_face(direction)
+    inside = (np.abs(x) < 1.0) & (y > -1.3) & (y < 0.7) & (direction[2] > 0)
     rows, columns = np.flatnonzero(inside.any(1)), np.flatnonzero(inside.any(0))
     block = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
-    return *block, x[block].copy(), y[block].copy()
+    x, y = x[block].copy(), y[block].copy()
+    return *block, x, y, quadratic(x.ravel(), y.ravel())
 
 
 # --- The skin's radius ---
@@ -222,8 +277,10 @@ def ellipsoid_radius(direction, centre, radii):
     for axis in range(3):
         inverse = 1 / radii[axis] ** 2
         offset = centre[axis] - CENTRE[axis]
-        a = a + direction[axis] ** 2 * inverse
-        b = b + direction[axis] * (offset * inverse)
+        scaled = direction[axis] * inverse
+        a += direction[axis] * scaled
+        if offset:
+            b += offset * scaled
         c += offset**2 * inverse
     return (b + np.sqrt(np.maximum(b * b - a * (c - 1), 0))) / a
 
@@ -257,46 +314,51 @@ def skull(person: Person, m: Measures, direction: np.ndarray) -> np.ndarray:
     return _union(radius, ellipsoid_radius(direction, (0, -0.58 - 0.5 * m.jaw_drop, 0.20), jaw), 0.30)
 
 
-def relief(person: Person, m: Measures, x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """What the features add to the radius at face coordinates ``x``, ``y``."""
-    s, side = person.shape, np.abs(x)
-    sx = side - m.eye_x
-    # brow ridge, sockets, lids
-    out = (0.022 + 0.024 * m.man * (1 - m.child)) * bump(side - 0.24, y - 0.15, 0.25, 0.075)
-    out -= (0.072 + 0.02 * m.old) * bump(sx + 0.02, y - 0.035, 0.17, 0.085)
-    out -= 0.045 * bump(side - 0.155, y - 0.03, 0.06, 0.075)
-    out += 0.050 * bump(sx, y - m.eye_y - 0.004, 0.115, 0.06)
-    out += 0.018 * m.old * bump(sx + 0.01, y + 0.115, 0.12, 0.035)  # bags
-    # nose: a bridge that rises to the tip and falls steeply to the base
-    tip, root = m.nose_tip, m.nose_root
-    along = clip((root - y) / (root - tip), 0, 1)
-    rise = m.nose_height * (along * (m.nose_bridge + (1 - m.nose_bridge) * along))
-    rise *= np.where(y < tip, np.exp(-(((y - tip) / (1.15 * (tip - m.nose_base))) ** 2)), 1)
-    width = 0.062 + 0.042 * along + 0.25 * (m.nose_wing - 0.160) * along
-    out += rise * np.exp(-((side / width) ** 2)) * smooth(root + 0.02, root - 0.09, y)
-    out += 0.045 * bump(side, y - tip, 0.095, 0.075)
-    out += 0.085 * bump(side - 0.80 * m.nose_wing, y - m.nose_base - 0.062, 0.058, 0.052)
-    # mouth: the arch of the teeth, lips, grooves
-    my, drop = m.mouth_y, m.jaw_drop
-    out += 0.035 * bump(x, y - my - 0.02, 0.30, 0.24)
-    arch = np.exp(-((side / (0.82 * m.mouth_width)) ** 4))
-    corner = m.corner * (x / m.mouth_width) ** 2
-    up, low = my + corner + m.gap_up, my + corner - m.gap_down
-    out += 0.024 * arch * np.exp(-(((y - up - 0.45 * m.lip_up) / (0.75 * m.lip_up)) ** 2))
-    out += 0.028 * arch * np.exp(-(((y - low + 0.5 * m.lip_down) / (0.72 * m.lip_down)) ** 2))
-    out -= 0.018 * bump(x, y - my - 0.125, 0.035, 0.06)  # philtrum
-    out -= 0.018 * bump(x, y - low + m.lip_down + 0.07, 0.16, 0.05)
-    out += (0.045 + 0.02 * s.chin) * bump(x, y - m.chin_y + 0.8 * drop, 0.16 + 0.03 * m.man, 0.12)
-    out -= 0.016 * bump(side - m.mouth_width - 0.035, y - my - m.corner, 0.05, 0.06)
-    # cheeks
+def _relief(person: Person, m: Measures) -> np.ndarray:
+    """What the features add to the radius, over the block of :func:`_front`."""
+    s = person.shape
+    side, y, terms = _front()[2:]
+    tip, root, my = m.nose_tip, m.nose_root, m.mouth_y
     cheer = max(m.smile, 0.0)
-    out += (0.03 + 0.015 * s.cheekbones) * bump(side - 0.46, y + 0.17, 0.17, 0.12)
-    out += (0.035 * cheer + 0.012 * s.fullness + 0.02 * m.child) * bump(side - 0.37, y + 0.33, 0.14, 0.13)
+    places = (
+        # brow ridge, sockets, lids, bags
+        (0.022 + 0.024 * m.man * (1 - m.child), 0.24, 0.15, 0.25, 0.075),
+        (-0.072 - 0.02 * m.old, m.eye_x - 0.02, 0.035, 0.17, 0.085),
+        (-0.045, 0.155, 0.03, 0.06, 0.075),
+        (0.050, m.eye_x, m.eye_y + 0.004, 0.115, 0.06),
+        (0.018 * m.old, m.eye_x - 0.01, -0.115, 0.12, 0.035),
+        # tip and wings of the nose
+        (0.045, 0, tip, 0.095, 0.075),
+        (0.085, 0.80 * m.nose_wing, m.nose_base + 0.062, 0.058, 0.052),
+        # the arch of the teeth, philtrum, chin, corners of the mouth
+        (0.035, 0, my + 0.02, 0.30, 0.24),
+        (-0.018, 0, my + 0.125, 0.035, 0.06),
+        (0.045 + 0.02 * s.chin, 0, m.chin_y - 0.8 * m.jaw_drop, 0.16 + 0.03 * m.man, 0.12),
+        (-0.016, m.mouth_width + 0.035, my + m.corner, 0.05, 0.06),
+        # cheeks, jowls, temples, angles of the jaw
+        (0.03 + 0.015 * s.cheekbones, 0.46, -0.17, 0.17, 0.12),
+        (0.035 * cheer + 0.012 * s.fullness + 0.02 * m.child, 0.37, -0.33, 0.14, 0.13),
+        (-0.02 + 0.02 * s.fullness - 0.015 * m.old, 0.46, -0.5, 0.13, 0.17),
+        (0.03 * m.old, 0.40, -0.86, 0.12, 0.10),
+        (-0.02, 0.62, 0.28, 0.14, 0.2),
+        (0.012 + 0.02 * max(s.jaw, 0.0), 0.74, -0.60, 0.22, 0.28),
+    )
+    out = bumps(terms, places).reshape(y.shape)
+    # nose: a bridge that rises to the tip and falls steeply to the base
+    along = clip((root - y) * (1 / (root - tip)), 0, 1)
+    rise = m.nose_height * (along * (m.nose_bridge + (1 - m.nose_bridge) * along))
+    fall = np.minimum(y - tip, 0) * (1 / (1.15 * (tip - m.nose_base)))
+    across = side / (0.062 + (0.002 + 0.25 * m.nose_wing) * along)
+    out += rise * np.exp(-(fall * fall + across * across)) * smooth(root + 0.02, root - 0.09, y)
+    # lips and the groove below them
+    square = (side * (1 / m.mouth_width)) ** 2
+    arch = np.exp(-((square * (1 / 0.82**2)) ** 2))
+    height = y - my - m.corner * square
+    up = (height - m.gap_up - 0.45 * m.lip_up) * (1 / (0.75 * m.lip_up))
+    low = (height + m.gap_down + 0.5 * m.lip_down) * (1 / (0.72 * m.lip_down))
+    out += arch * (0.024 * np.exp(-up * up) + 0.028 * np.exp(-low * low))
+    out -= 0.018 * bump(side, height + m.gap_down + m.lip_down + 0.07, 0.16, 0.05)
     out -= (0.018 + 0.02 * cheer + 0.02 * m.old) * _fold(m, side, y)
-    out -= (0.02 - 0.02 * s.fullness + 0.015 * m.old) * bump(side - 0.46, y + 0.5, 0.13, 0.17)
-    out += 0.03 * m.old * bump(side - 0.40, y + 0.86, 0.12, 0.10)  # jowls
-    out -= 0.02 * bump(side - 0.62, y - 0.28, 0.14, 0.2)  # temples
-    out += (0.012 + 0.02 * max(s.jaw, 0.0)) * bump(side - 0.74, y + 0.60, 0.22, 0.28)  # angles of the jaw
     return out
 
 
@@ -314,15 +376,15 @@ class Surface:
     """The finished head surface on the chart.
 
     Attributes:
-        radius: float32 [CHART * CHART], with hair and hat.
-        cells: float32 [CHART * CHART, 8]: normal (3, head axes), ambient light (0 to 1), hair margin, hat margin,
-            mask margin, thickness over the skin.
-        reach: largest radius.
+        radius: Tensor[1, 1, CHART, CHART] float32, with hair and hat.
+        skin: Tensor[1, 1, CHART, CHART] float32, without.
+        cells: Tensor[1, 7, CHART, CHART] float32: normal (3, head axes), ambient light (0 to 1), hair margin, hat
+            margin, mask margin.
     """
 
-    radius: np.ndarray
-    cells: np.ndarray
-    reach: float
+    radius: torch.Tensor
+    skin: torch.Tensor
+    cells: torch.Tensor
 
 
 def surface(person: Person, view: View, m: Measures, cover) -> Surface:
@@ -333,20 +395,23 @@ def surface(person: Person, view: View, m: Measures, cover) -> Surface:
             margin, hat margin, mask margin), each [CHART, CHART].
     """
     direction = chart_directions()
-    skin = skull(person, m, direction)
-    rows, columns, x, y = _front()
-    skin[rows, columns] += relief(person, m, x, y)
+    right = skull(person, m, direction[..., CHART // 2 :])  # faces are symmetric
+    right[_front()[:2]] += _relief(person, m)
+    skin = np.concatenate((right[:, ::-1], right), 1)
     thickness, *margins = cover(person, view, m, direction, skin)
-    radius = (skin + thickness).astype(np.float32)
+    radius = (skin + thickness).astype(np.float32, copy=False)
     points = direction * radius
     across, down = _slope(points, 2), _slope(points, 1)
-    normal = np.stack([across[i - 2] * down[i - 1] - across[i - 1] * down[i - 2] for i in range(3)])
-    normal /= np.sqrt((normal * normal).sum(0)) + 1e-9
+    cells = np.empty((7, CHART, CHART), np.float32)
+    normal = cells[:3]
+    for i in range(3):
+        np.subtract(across[i - 2] * down[i - 1], across[i - 1] * down[i - 2], out=normal[i])
+    normal /= length(*normal) + 1e-9
     hollow = ndimage.uniform_filter(radius, 9, mode="nearest") - radius
     fine = ndimage.uniform_filter(radius, 4, mode="nearest") - radius
-    light = 1 - clip(5.5 * np.maximum(hollow, 0) + 7 * np.maximum(fine, 0), 0, 0.7)
-    cells = np.stack((*normal, light, *margins, thickness), -1).astype(np.float32)
-    return Surface(radius.ravel(), cells.reshape(-1, 8), float(radius.max()))
+    cells[3] = 1 - clip(5.5 * np.maximum(hollow, 0) + 7 * np.maximum(fine, 0), 0, 0.7)
+    cells[4:] = margins
+    return Surface(*(torch.from_numpy(maps)[None] for maps in (radius[None], skin[None], cells)))
 
 
 def _slope(points: np.ndarray, axis: int) -> np.ndarray:
@@ -361,10 +426,11 @@ def _slope(points: np.ndarray, axis: int) -> np.ndarray:
     return out
 
 
-def skin_points(person: Person, m: Measures, x, y) -> np.ndarray:
-    """Points [3, ...] of the bare skin at face coordinates, relative to CENTRE, head axes."""
+def skin_points(shape: Surface, x, y) -> np.ndarray:
+    """Points [..., 3] of the bare skin at face coordinates, relative to CENTRE, head axes."""
     direction = to_direction(np.asarray(x, np.float64), np.asarray(y, np.float64))
-    return direction * (skull(person, m, direction) + relief(person, m, np.asarray(x), np.asarray(y)))
+    flat = direction.reshape(3, -1)
+    return (flat * sample(shape.skin, flat)).T.reshape(*direction.shape[1:], 3)
 
 
 # --- Curves of the features, used for paint and landmarks alike ---
@@ -407,7 +473,7 @@ _JAW = np.array(
 )  # fmt: skip
 
 
-def landmarks(person: Person, m: Measures) -> tuple[np.ndarray, np.ndarray]:
+def landmarks(m: Measures, shape: Surface) -> tuple[np.ndarray, np.ndarray]:
     """The 68 iBUG landmarks [68, 3] and the skin over both eyes [2, 3], relative to CENTRE, head axes."""
     half = (_JAW - CENTRE) + (0.0, -0.5 * m.jaw_drop, 0.0) * np.linspace(0, 1, 9)[:, None]
     half /= np.linalg.norm(half, axis=1, keepdims=True)
@@ -438,5 +504,5 @@ def landmarks(person: Person, m: Measures) -> tuple[np.ndarray, np.ndarray]:
     ))  # fmt: skip
     eyes = to_direction(np.array((-m.eye_x, m.eye_x)), np.full(2, m.eye_y + 0.008))
     direction = np.concatenate((jaw, to_direction(x, y), eyes), 1)
-    points = (direction * (skull(person, m, direction) + relief(person, m, *to_face(direction)))).T
+    points = (direction * sample(shape.skin, direction)).T
     return points[:68], points[68:]

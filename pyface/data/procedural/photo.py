@@ -66,13 +66,13 @@ def _photo(person: Person, view: View, size: int) -> dict[str, Any]:
     towards = light.towards_light(view.light)
     shape = head.surface(person, view, m, hair.cover)
     wear.body(canvas, person, view, m, axes)
-    wear.ears(canvas, person, view, m, axes)
+    wear.ears(canvas, person, view, m, axes, shape)
     hair.hanging(canvas, person, view, m, axes, towards)
-    landmarks, eyes = head.landmarks(person, m)
+    landmarks, eyes = head.landmarks(m, shape)
     paint.paint_head(canvas, meet_head(canvas, axes, shape), person, view, m, axes, towards, eyes)
     wear.visor(canvas, person, view, m, axes)
-    block = wear.glasses(canvas, person, view, m, axes)
-    wear.occlude(canvas, person, view, m, axes)
+    block = wear.glasses(canvas, person, view, m, axes, shape)
+    wear.occlude(canvas, person, view, m, axes, shape)
     background = light.backdrop(view.background, size)
     image = light.shade(canvas, view, towards, background, block)
     image = light.develop(image, view.camera, light.meter(view.light, paint.skin_colour(person)))
@@ -96,7 +96,7 @@ def _photo(person: Person, view: View, size: int) -> dict[str, Any]:
 def _canvas(view: View, axes: np.ndarray, size: int) -> Canvas:
     framing, distance = view.framing, view.camera.distance
     unit = framing.scale * size
-    anchor = axes @ _ANCHOR
+    anchor = (axes @ _ANCHOR).tolist()
     scale = unit / (1 - anchor[2] / distance)
     origin = (
         (_ANCHOR_AT[0] + framing.x) * size - 0.5 - anchor[0] * scale,

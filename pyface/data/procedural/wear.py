@@ -10,7 +10,7 @@ from pyface.data.procedural import head
 from pyface.data.procedural.canvas import Canvas, ellipsoid, linear, material, texture
 from pyface.data.procedural.describe import has_earrings, shows_ears
 from pyface.data.procedural.hair import HANGING
-from pyface.data.procedural.head import CENTRE, Measures, clip, rotation, smooth
+from pyface.data.procedural.head import CENTRE, Measures, Surface, clip, length, rotation, smooth
 from pyface.data.procedural.paint import skin_colour
 from pyface.data.procedural.parameters import Person, View
 
@@ -66,22 +66,20 @@ def body(canvas: Canvas, person: Person, view: View, m: Measures, axes: np.ndarr
             alpha = alpha * (1 - clothed)
         fold = texture("cloud", px * 34 + view.clothes.seed % 251, py * 22 + view.clothes.seed % 83)
         weave = 1 + 0.035 * texture("grain", px * 230, py * 230) + 0.07 * fold
-        stripe = view.clothes.pattern * (np.cos(py * 52) > 0.2)
+        stripe = np.float32(view.clothes.pattern) * (np.cos(py * 52) > 0.2) if view.clothes.pattern else 0.0
         trim = np.exp(-(((depth - 0.045) / 0.028) ** 2)) * (0.6 if kind in ("crew", "v") else 0.0)
         if kind == "collar":
             flap = smooth(0.03, 0.0, np.abs(depth - 0.16) - 0.15) * smooth(0.62, 0.55, np.abs(px))
             stripe, trim = stripe * (1 - flap), 0.35 * np.exp(-(((depth - 0.30) / 0.02) ** 2)) * (np.abs(px) < 0.6)
-        neck = smooth(-0.95, -1.55, py)
-        albedo = []
-        for c in range(3):
-            flesh = skin[c] * (0.88 + 0.10 * neck) * (1, 0.96, 0.95)[c]
-            cloth_c = (cloth[c] + 0.8 * stripe * (accent[c] - cloth[c])) * weave * (1 - trim * 0.45)
-            albedo.append(flesh + clothed * (cloth_c - flesh))
+        albedo = cloth[:, None, None] + (0.8 * stripe) * (accent - cloth)[:, None, None]
+        albedo = albedo * (weave * (1 - trim * 0.45))
+        flesh = (skin * np.float32((1, 0.96, 0.95)))[:, None, None] * (0.88 + 0.10 * smooth(-0.95, -1.55, py))
+        albedo = flesh + clothed * (albedo - flesh)
         normal = hit.normal.copy()
         if k == 2:  # the two muscles that meet above the breastbone
             cord = np.exp(-(((np.abs(px) - 0.20 - 0.22 * (py + 1.55)) / 0.06) ** 2)) * (1 - clothed)
             normal[0] += 0.25 * cord * np.sign(px)
-            albedo = [a * (1 - 0.05 * cord) for a in albedo]
+            albedo *= 1 - 0.05 * cord
         normal[0] += 0.10 * fold * clothed
         under = smooth(-1.45, -0.98, py)  # the chin takes the sky's light
         ambient = np.where(clothed > 0.5, 0.95, 1 - 0.55 * under)
@@ -91,7 +89,7 @@ def body(canvas: Canvas, person: Person, view: View, m: Measures, axes: np.ndarr
         canvas.ident[hit.box] = np.where(taken > 0.5, ident, canvas.ident[hit.box])
 
 
-def ears(canvas: Canvas, person: Person, view: View, m: Measures, axes: np.ndarray) -> None:
+def ears(canvas: Canvas, person: Person, view: View, m: Measures, axes: np.ndarray, shape: Surface) -> None:
     """Both ears, unless hair hides them, and ear-rings."""
     if not shows_ears(person):
         return
@@ -100,16 +98,16 @@ def ears(canvas: Canvas, person: Person, view: View, m: Measures, axes: np.ndarr
     for side in (-1, 1):
         direction = np.array((side * 0.985, 0.02, -0.10))
         direction = direction / np.linalg.norm(direction)
-        radius = float(head.skull(person, m, direction[:, None])[0])
+        radius = float(head.sample(shape.skin, direction[:, None])[0, 0])
         centre = direction * (radius + 0.005) + (0, 0.06, 0)
         turn = rotation((0.0, side * 0.42, 0.0)) @ rotation((0, 0, side * 0.12))
         hit = ellipsoid(canvas, axes @ turn, axes @ centre, (0.075 * size, 0.285 * size, 0.17 * size))
         if hit is None:
             continue
         u, v = hit.local[2], hit.local[1]
-        rim = np.hypot(u, v * 0.95)
-        bowl = smooth(0.80, 0.45, np.hypot((u + 0.05) / 0.8, (v - 0.05) / 0.85))
-        ridge = np.exp(-(((np.hypot((u + 0.1) / 0.55, (v - 0.12) / 0.62) - 1) / 0.16) ** 2)) * smooth(-0.7, -0.1, v)
+        rim = length(u, v * 0.95)
+        bowl = smooth(0.80, 0.45, length((u + 0.05) / 0.8, (v - 0.05) / 0.85))
+        ridge = np.exp(-(((length((u + 0.1) / 0.55, (v - 0.12) / 0.62) - 1) / 0.16) ** 2)) * smooth(-0.7, -0.1, v)
         shade = 1 - 0.45 * bowl + 0.12 * ridge
         hole = np.exp(-(((u - 0.25) / 0.3) ** 2) - ((v + 0.12) / 0.22) ** 2)
         shade = shade * (1 - 0.45 * hole)
@@ -141,7 +139,7 @@ def visor(canvas: Canvas, person: Person, view: View, m: Measures, axes: np.ndar
     canvas.put(hit.box, hit.z, hit.alpha, 14, fill)
 
 
-def glasses(canvas: Canvas, person: Person, view: View, m: Measures, axes: np.ndarray) -> np.ndarray | None:
+def glasses(canvas: Canvas, person: Person, view: View, m: Measures, axes, shape: Surface) -> np.ndarray | None:
     """Glasses or sunglasses. Returns what they keep off the face of the key light, [H, W], or None."""
     if view.glasses == "none":
         return None
@@ -151,8 +149,8 @@ def glasses(canvas: Canvas, person: Person, view: View, m: Measures, axes: np.nd
     corner = half_h * (0.35 + 0.6 * frames.roundness)
     rim = 0.020 * (1 + 0.45 * frames.thickness) + 0.004
     centre_x = max(m.eye_x, half_w + 0.075)
-    eye = head.skin_points(person, m, m.eye_x, m.eye_y)
-    bridge = head.skin_points(person, m, 0.0, 0.03)
+    eye = head.skin_points(shape, m.eye_x, m.eye_y)
+    bridge = head.skin_points(shape, 0.0, 0.03)
     plane = float(max(eye[2] + 0.14, bridge[2] + 0.01))
     level = float(eye[1] - 0.02)
     corners = np.array([(sx * (centre_x + half_w + 0.05), level + sy * (half_h + 0.05), plane)
@@ -172,7 +170,7 @@ def glasses(canvas: Canvas, person: Person, view: View, m: Measures, axes: np.nd
     gx, gy = start[0] + z * ray[0], start[1] + z * ray[1] - level
     u, v = np.abs(np.abs(gx) - centre_x), np.abs(gy)
     qx, qy = u - half_w + corner, v - half_h + corner
-    edge = np.hypot(np.maximum(qx, 0), np.maximum(qy, 0)) + np.minimum(np.maximum(qx, qy), 0) - corner
+    edge = length(np.maximum(qx, 0), np.maximum(qy, 0)) + np.minimum(np.maximum(qx, qy), 0) - corner
     pixel = 1 / canvas.unit
     frame = clip((rim / 2 - np.abs(edge)) / pixel + 0.5, 0, 1)
     inner = centre_x - half_w
@@ -213,35 +211,35 @@ def rod(canvas: Canvas, start: np.ndarray, end: np.ndarray, radius: float, colou
     columns, rows = np.arange(box[1].start, box[1].stop)[None], np.arange(box[0].start, box[0].stop)[:, None]
     dx, dy = float(bx - ax), float(by - ay)
     t = clip(((columns - ax) * dx + (rows - ay) * dy) / (dx * dx + dy * dy + 1e-6), 0, 1)
-    away = np.hypot(columns - ax - t * dx, rows - ay - t * dy)
+    away = length(columns - ax - t * dx, rows - ay - t * dy)
     alpha = clip(radius * canvas.unit - away + 0.5, 0, 1).astype(np.float32)
     z = (start[2] + t * (end[2] - start[2])).astype(np.float32)
     fill = material(z.shape, colour, (0.0, 0.4, 0.9), 0.9, 0.4)
     canvas.put(box, z, alpha, ident, fill)
 
 
-def occlude(canvas: Canvas, person: Person, view: View, m: Measures, axes: np.ndarray) -> None:
+def occlude(canvas: Canvas, person: Person, view: View, m: Measures, axes: np.ndarray, shape: Surface) -> None:
     """Hand, paper or microphone in front of the face; a mask is part of the head's surface."""
     if view.occluder in (None, "mask"):
         if view.occluder == "mask" and person.hair.style not in HANGING:
             for side in (-1, 1):
                 for y in (-0.22, -0.75):
-                    point = head.skin_points(person, m, side * 0.62, y) * 1.02
+                    point = head.skin_points(shape, side * 0.62, y) * 1.02
                     ear = np.array((side * 0.80, -0.12, -0.08)) - CENTRE
                     rod(canvas, axes @ point, axes @ ear, 0.012, (0.8, 0.8, 0.8), 19)
         return
     rng = np.random.default_rng(view.occluder_seed)
-    {"hand": _hand, "paper": _paper, "microphone": _microphone}[view.occluder](canvas, person, m, axes, rng)
+    {"hand": _hand, "paper": _paper, "microphone": _microphone}[view.occluder](canvas, person, m, axes, shape, rng)
 
 
-def _hand(canvas: Canvas, person: Person, m: Measures, axes, rng) -> None:
+def _hand(canvas: Canvas, person: Person, m: Measures, axes, shape: Surface, rng) -> None:
     """A hand laid on cheek, chin or mouth: palm, four fingers, thumb."""
     side = float(rng.choice((-1, 1)))
     place = np.array(((0.40, -0.55), (0.10, -0.72), (0.42, -0.15))[rng.integers(3)])
     skin = skin_colour(person)
     lean = float(rng.uniform(0.1, 0.8)) * -side
     scale = 0.9 - 0.25 * m.child - 0.06 * (1 - m.man)
-    front = axes @ (head.skin_points(person, m, side * place[0], place[1])) + (0, 0, 0.10)
+    front = axes @ (head.skin_points(shape, side * place[0], place[1])) + (0, 0, 0.10)
     up = np.array((math.sin(lean), math.cos(lean), 0))
     across = np.array((math.cos(lean), -math.sin(lean), 0))
     frame = np.stack((across, up, (0, 0, 1)), 1)
@@ -263,13 +261,13 @@ def _hand(canvas: Canvas, person: Person, m: Measures, axes, rng) -> None:
             shade = shade * (1 - 0.14 * joints) * (1 - 0.30 * smooth(0.75, 1.0, np.abs(u)))
         albedo = [skin[c] * shade * (1.0, 0.93, 0.92)[c] for c in range(3)]
         if k >= 2:
-            nail = smooth(1.0, 0.8, np.hypot(u / 0.62, (v - 0.74) / 0.20))
+            nail = smooth(1.0, 0.8, length(u / 0.62, (v - 0.74) / 0.20))
             albedo = [a + 0.55 * nail * (np.float32(n) - a) for a, n in zip(albedo, skin * (1.05, 0.86, 0.84) + 0.05)]
         fill = material(hit.shape, albedo, hit.normal, 0.85, 0.2, 1.0)
         canvas.put(hit.box, hit.z, hit.alpha, 19, fill, soft=0.03)
 
 
-def _paper(canvas: Canvas, person: Person, m: Measures, axes, rng) -> None:
+def _paper(canvas: Canvas, person: Person, m: Measures, axes, shape: Surface, rng) -> None:
     """A printed sheet held in front of part of the face."""
     lean = float(rng.normal(0, 0.25))
     centre = axes @ np.array((rng.normal(0, 0.35), rng.uniform(-1.25, -0.85), 1.55))
@@ -288,10 +286,10 @@ def _paper(canvas: Canvas, person: Person, m: Measures, axes, rng) -> None:
     canvas.put(everywhere, z, alpha, 19, material(shade.shape, [shade] * 3, normal, 1.0, 0.03))
 
 
-def _microphone(canvas: Canvas, person: Person, m: Measures, axes, rng) -> None:
+def _microphone(canvas: Canvas, person: Person, m: Measures, axes, shape: Surface, rng) -> None:
     """A hand microphone at the mouth, from below."""
     side = float(rng.uniform(-0.8, 0.8))
-    head_at = axes @ (head.skin_points(person, m, 0.15 * side, m.mouth_y - 0.16) + (0, 0, 0.32))
+    head_at = axes @ (head.skin_points(shape, 0.15 * side, m.mouth_y - 0.16) + (0, 0, 0.32))
     down = np.array((0.45 * side, -1.0, 0.12))
     down = down / np.linalg.norm(down)
     across = np.cross(down, (0, 0, 1.0))
