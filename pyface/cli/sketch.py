@@ -84,7 +84,8 @@ def sketch(
         return
     for note in picture.notes:
         typer.echo(f"note: {note}", err=True)
-    typer.echo(f"{target}: {side} x {side} pixels from ({left}, {top}) in style {style} ({seconds:.1f} s)")
+    drawn = " x ".join(map(str, drawing.sketch.shape[::-1]))
+    typer.echo(f"{target}: {drawn} pixels, from {side} x {side} at ({left}, {top}), style {style} ({seconds:.1f} s)")
 
 
 def _parse_style(text: str) -> int | list[float]:

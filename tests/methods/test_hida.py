@@ -417,9 +417,9 @@ def test_the_shipped_network_draws_like_its_artists():
     samples = [people[index] for index in (0, 5, 10)]
     image, relief = (torch.stack([sample[name] for sample in samples]) for name in ("image", "depth"))
     drawn = {style: recipe.draw(model, image, relief, style_weights(style, 3)) for style in (1, 2, 3)}
-    for style, pictures in drawn.items():
+    for style, found in drawn.items():
         artist = torch.stack([sketch(sample, style) for sample in samples])
-        assert (pictures - artist).abs().mean() < 0.12
+        assert (found - artist).abs().mean() < 0.12
         scores = {other: scoot(drawn[other], artist).mean().item() for other in drawn}
         assert max(scores, key=scores.get) == style
     with pytest.raises(UserError, match="fix all settings"):
