@@ -48,17 +48,15 @@ def settings(arguments: argparse.Namespace, seed: int, **changes: object) -> Con
     )  # fmt: skip
 
 
-def trained(arguments: argparse.Namespace, name: str, seed: int, shared: Path) -> tuple[nn.Module, Config, float]:
-    """The network, its settings, and the minutes its training took."""
+def trained(arguments: argparse.Namespace, name: str, seed: int, shared: Path) -> tuple[nn.Module, Config]:
+    """The network and its settings."""
     config = settings(arguments, seed, **NETWORKS[name])
     folder = arguments.work / f"{name.replace(' ', '-')}-{seed}"
     folder.mkdir(parents=True, exist_ok=True)
     for file in ("styles.npy", "pool.npy"):
         if not (folder / file).exists():
             os.link(shared / file, folder / file)
-    trainer = Trainer(Recipe(config), folder, resume=True, quiet=True)
-    network = trainer.fit()
-    return network, config, trainer.run.seconds / 60
+    return Trainer(Recipe(config), folder, resume=True, quiet=True).fit(), config
 
 
 class Classifier(nn.Module):
@@ -132,12 +130,12 @@ def run(arguments: argparse.Namespace) -> list[dict[str, object]]:
         judged = accuracy(judge, sketches, styles)
         print(f"seed {seed}: the classifier recognises {judged:.1%} of the artists' own drawings")
         for name in NETWORKS:
-            network, own, minutes = trained(arguments, name, seed, shared)
+            network, own = trained(arguments, name, seed, shared)
             found, drawn = measure(network, own, pairs, judge)
             print(f"  {name:24}" + "  ".join(f"{key} {value:.4f}" for key, value in found.items()))
             about = {"network": name, "seed": seed, "steps": config.steps, "size": config.image_size,
                      "width": config.width, "faces": config.faces, "test_pictures": len(pairs)}  # fmt: skip
-            rows.append(about | found | {"style_accuracy_of_artists": judged, "minutes": round(minutes, 2)} | header)
+            rows.append(about | found | {"style_accuracy_of_artists": judged} | header)
             if seed == arguments.seeds[0]:
                 columns[name] = drawn
         if seed == arguments.seeds[0]:
