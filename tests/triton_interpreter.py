@@ -1,5 +1,6 @@
 """Triton kernels on CPU tensors, in a process of its own: the interpreter must be chosen before triton is imported."""
 
+import copyreg
 import os
 import pickle
 import struct
@@ -8,7 +9,17 @@ import sys
 import traceback
 from pathlib import Path
 
+import torch
+
 KERNELS = Path(__file__).resolve().parents[1] / "kernels"
+
+
+def _memory_format(name: str) -> torch.memory_format:
+    return getattr(torch, name)
+
+
+# torch leaves the home of a memory format to pickle, which takes the first module that happens to have that name.
+copyreg.pickle(torch.memory_format, lambda value: (_memory_format, (str(value).removeprefix("torch."),)))
 
 
 class Interpreter:
