@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from importlib import metadata
 from typing import Protocol
 
 import numpy as np
 
+from pyface.data.plugins import find_plugin, installed
 from pyface.errors import UserError
 
 Box = tuple[int, int, int, int]
@@ -40,7 +39,7 @@ def register_detector(name: str, make: Callable[[], Detector]) -> None:
 
 def list_detectors() -> list[str]:
     """Names that :func:`get_detector` knows, sorted: registered ones and installed entry points."""
-    return sorted({*_REGISTRY, *(point.name for point in metadata.entry_points(group=ENTRY_POINT_GROUP))})
+    return sorted({*_REGISTRY, *installed(ENTRY_POINT_GROUP)})
 
 
 def get_detector(name: str) -> Detector:
@@ -53,11 +52,11 @@ def get_detector(name: str) -> Detector:
     """
     if name in _REGISTRY:
         return _REGISTRY[name]()
-    for point in metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
-        return _import(name, point.load)
-    module, colon, function = name.partition(":")
-    if colon:
-        return _import(name, lambda: getattr(importlib.import_module(module), function))
+    detector = find_plugin(name, ENTRY_POINT_GROUP, "detector")
+    if detector is not None:
+        if not callable(detector):
+            raise UserError(f"detector {name!r} is not callable")
+        return detector
     raise UserError(f"unknown detector {name!r}; known: {', '.join(list_detectors())}, or give module:function")
 
 
@@ -141,13 +140,3 @@ def _cascade():
     from skimage.feature import Cascade
 
     return Cascade(lbp_frontal_face_cascade_filename())
-
-
-def _import(name: str, load: Callable[[], Detector]) -> Detector:
-    try:
-        detector = load()
-    except Exception as error:  # somebody else's module: whatever it raises, the user needs to see which one it was
-        raise UserError(f"cannot load detector {name!r}: {error}") from error
-    if not callable(detector):
-        raise UserError(f"detector {name!r} is not callable")
-    return detector

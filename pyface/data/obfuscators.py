@@ -8,17 +8,16 @@ that a face is hidden equally well at any size.
 from __future__ import annotations
 
 import difflib
-import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib import metadata
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from pyface.data.plugins import find_plugin, installed
 from pyface.errors import UserError
 
 REFERENCE_SIZE = 256
@@ -142,7 +141,7 @@ _REGISTRY: dict[str, Obfuscator] = {
 
 def list_obfuscators() -> list[str]:
     """Names that :func:`obfuscate` knows, sorted: registered ones and installed entry points."""
-    return sorted({*_REGISTRY, *(point.name for point in metadata.entry_points(group=ENTRY_POINT_GROUP))})
+    return sorted({*_REGISTRY, *installed(ENTRY_POINT_GROUP)})
 
 
 def register_obfuscator(name: str, obfuscator: Obfuscator) -> None:
@@ -163,11 +162,13 @@ def obfuscator(name: str) -> Obfuscator:
     """
     if name in _REGISTRY:
         return _REGISTRY[name]
-    for point in metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
-        return _load(name, point.load)
-    module, colon, attribute = name.partition(":")
-    if colon:
-        return _load(name, lambda: getattr(importlib.import_module(module), attribute))
+    found = find_plugin(name, ENTRY_POINT_GROUP, "obfuscator")
+    if isinstance(found, Obfuscator):
+        return found
+    if callable(found):
+        return face_swap(found)
+    if found is not None:
+        raise UserError(f"obfuscator {name!r} is neither an Obfuscator nor a function from faces to faces")
     known = list_obfuscators()
     near = difflib.get_close_matches(name, known, 1)
     hint = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}, or give module:name"
@@ -209,18 +210,6 @@ def obfuscate(
     scale = min(image.shape[-2:]) / REFERENCE_SIZE if entry.scaled else 1.0
     with torch.no_grad():
         return entry.apply(image, strength * scale).clamp(-1, 1)
-
-
-def _load(name: str, load: Callable[[], Obfuscator | Callable[[Tensor], Tensor]]) -> Obfuscator:
-    try:
-        found = load()
-    except Exception as error:  # somebody else's module: whatever it raises, the user needs to see which one it was
-        raise UserError(f"cannot load obfuscator {name!r}: {error}") from error
-    if isinstance(found, Obfuscator):
-        return found
-    if not callable(found):
-        raise UserError(f"obfuscator {name!r} is neither an Obfuscator nor a function from faces to faces")
-    return face_swap(found)
 
 
 def _cells(size: int, cells: int, like: Tensor) -> Tensor:

@@ -5,12 +5,10 @@ Everywhere: Tensor[1, H, W] float32 in [0, 1], 0 is background, nearer is bright
 
 from __future__ import annotations
 
-import importlib
 import math
 import os
 import warnings
 from collections.abc import Callable
-from importlib import metadata
 from pathlib import Path
 from typing import Protocol
 
@@ -20,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from pyface.data.detect import Box
+from pyface.data.plugins import find_plugin, installed
 from pyface.errors import UserError
 
 ENTRY_POINT_GROUP = "pyface.depth"
@@ -54,7 +53,7 @@ def register_depth(name: str, make: Callable[[], DepthPredictor]) -> None:
 
 def list_depth() -> list[str]:
     """Names that :func:`get_depth` knows, sorted: registered ones and installed entry points."""
-    return sorted({*_REGISTRY, *(point.name for point in metadata.entry_points(group=ENTRY_POINT_GROUP))})
+    return sorted({*_REGISTRY, *installed(ENTRY_POINT_GROUP)})
 
 
 def get_depth(name: str) -> DepthPredictor:
@@ -65,11 +64,11 @@ def get_depth(name: str) -> DepthPredictor:
     """
     if name in _REGISTRY:
         return _REGISTRY[name]()
-    for point in metadata.entry_points(group=ENTRY_POINT_GROUP, name=name):
-        return _import(name, point.load)
-    module, colon, function = name.partition(":")
-    if colon:
-        return _import(name, lambda: getattr(importlib.import_module(module), function))
+    predictor = find_plugin(name, ENTRY_POINT_GROUP, "depth predictor")
+    if predictor is not None:
+        if not callable(predictor):
+            raise UserError(f"depth predictor {name!r} is not callable")
+        return predictor
     raise UserError(
         f"{name!r} is neither a depth file nor a predictor; give a PNG or .npy, {NONE}, {', '.join(list_depth())}, or "
         f"module:function"
@@ -235,13 +234,3 @@ def _rough(photo: np.ndarray, box: Box | None) -> Tensor:
 
 
 register_depth(ROUGH, lambda: _rough)
-
-
-def _import(name: str, load: Callable[[], DepthPredictor]) -> DepthPredictor:
-    try:
-        predictor = load()
-    except Exception as error:  # somebody else's module: whatever it raises, the user needs to see which one it was
-        raise UserError(f"cannot load depth predictor {name!r}: {error}") from error
-    if not callable(predictor):
-        raise UserError(f"depth predictor {name!r} is not callable")
-    return predictor
