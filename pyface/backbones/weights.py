@@ -38,7 +38,7 @@ def find_weights(name: str, source: str) -> Path:
     looked = f"{FOLDER_VARIABLE}={folder} holds no {name}.safetensors, .pth or .pt" if folder else "no file was given"
     raise UserError(
         f"{name}: trained weights were asked for, but {looked}, and pyface never downloads weights; get them from "
-        f"{source}, then give the file (weights=FILE, --backbone-weights FILE) or save it as {name}.safetensors or "
+        f"{source}, then give the file (weights=FILE) or save it as {name}.safetensors or "
         f"{name}.pth in a folder and set {FOLDER_VARIABLE} to that folder"
     )
 

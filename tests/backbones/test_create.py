@@ -136,7 +136,7 @@ def test_missing_weights_say_where_to_get_them_and_how_to_pass_them(monkeypatch,
     with pytest.raises(UserError) as caught:
         create_backbone("resnet50", pretrained=True)
     for part in (
-        "never downloads", "https://huggingface.co/timm/resnet50", "weights=FILE", "--backbone-weights FILE",
+        "never downloads", "https://huggingface.co/timm/resnet50", "(weights=FILE)",
         "resnet50.safetensors", "PYFACE_WEIGHTS",
     ):  # fmt: skip
         assert part in str(caught.value)
