@@ -92,13 +92,13 @@ def test_deform_conv_is_multiplied_by_tensor_cores_where_its_types_allow(tmp_pat
 @pytest.mark.slow
 def test_module_links_and_imports_without_a_gpu(tmp_path):
     pybind11 = pytest.importorskip("pybind11")
-    objects = [tmp_path / "coupling.o", tmp_path / "deform_conv.o", tmp_path / "bindings.o"]
+    objects = [tmp_path / f"{stem}.o" for stem in ("coupling", "deform_conv", "spectral", "bindings")]
     flags = [*FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", '-DPYFACE_CUDA_ARCHS="80;90"']
     archs = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]", "--threads=2"]
-    for target in objects[:2]:
+    for target in objects[:3]:
         nvcc(*flags, *archs, "-c", CSRC / "cuda" / f"{target.stem}.cu", "-o", target)
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    nvcc(*flags, *includes, "-c", CSRC / "bindings" / "cuda.cpp", "-o", objects[2])
+    nvcc(*flags, *includes, "-c", CSRC / "bindings" / "cuda.cpp", "-o", objects[3])
     module = tmp_path / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     nvcc("-shared", "-cudart=static", *objects, "-o", module)
     code = """
@@ -123,6 +123,10 @@ if devices == 0:
     tensors = torch.zeros(2, 4, 5, 5), torch.zeros(2, 36, 5, 5), torch.zeros(6, 2, 3, 3)
     mask, grad = torch.zeros(2, 18, 5, 5), torch.zeros(2, 6, 5, 5)
     ones = [tuple(i == j for j in range(4)) for i in range(4)]
+    from pyface.ops import spectral
+
+    filters, keep, sign = spectral._Cuda(_cuda), torch.ones(5, 5), torch.zeros(2, 4, 5, 5, dtype=torch.int8)
+    filters.where = lambda tensor: (0, 0)
     core, x = _Cuda(_cuda), torch.zeros(2, 4, 2, 2)
     core.where = lambda tensor: (0, 0)
     options = dict(clamp=2.0, activation="sigmoid", inverse=False)
@@ -132,6 +136,9 @@ if devices == 0:
         lambda: core.backward(x, None, x, x, x, from_output=True, needs_x=True, needs_s=True, **options),
         lambda: core.haar_dwt2d(x),
         lambda: core.haar_idwt2d(x),
+        lambda: filters.high_pass(tensors[0], (1, 1), False),
+        lambda: filters.mask_high_frequencies(tensors[0], keep > 0, (1, 1), False, True),
+        lambda: filters.mask_high_frequencies_backward(tensors[0], sign, keep, (1, 1), False),
         lambda: conv.forward(*tensors, None, mask, *geometry),
         lambda: conv.forward(*tensors, torch.zeros(6), None, *geometry),
         *(lambda needs=needs: conv.backward(grad, *tensors, mask, *geometry, needs) for needs in ones),
@@ -149,3 +156,15 @@ if devices == 0:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_spectral_kernels_are_compiled_with_64_bit_offsets_and_exact_divisions(tmp_path):
+    ptx = tmp_path / "spectral.ptx"
+    nvcc(*FLAGS, "-ptx", "-arch=compute_90", CSRC / "cuda" / "spectral.cu", "-o", ptx)
+    entries = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", ptx.read_text(), re.DOTALL))
+    kinds = ("gather", "project", "expand", "spread")
+    count = {kind: sum(f"{kind}_kernel" in name for name in entries) for kind in kinds}
+    assert count == {"gather": 4, "project": 2, "expand": 2, "spread": 4}
+    for name, body in entries.items():
+        assert re.search(r"(mul|mad)\.lo\.s64", body), name
+        assert not re.search(r"div\.(approx|full)", body), f"{name}: fast-math slipped in"

@@ -16,7 +16,7 @@ import pyface
 from pyface.ops import high_pass, mask_high_frequencies, spectral_filter
 from pyface.ops.reference import spectral as reference
 
-PATHS = ["reference"]
+PATHS = ["reference", "cpu"]
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = [(1, 1), (1, 9), (2, 3), (5, 1), (7, 8), (8, 8), (9, 16), (16, 9), (33, 33), (33, 20), (24, 112)]
 SMALL = [(4, 5), (1, 6)]
