@@ -15,7 +15,10 @@ from pyface.errors import UserError
 Placed = tuple[float, float, float, float]
 """Left, top, width, height in pixels; between two detections they are no whole numbers."""
 
-SAME, TWICE = 0.3, 0.5
+SAME, TWICE = 0.2, 0.5
+# A frame between two looks is believed to show a face if its crop, so many pixels wide, is on average within so many of
+# 255 levels of that in either look. A head that turns changes by less; a title, a flash or a hand changes by more.
+TINY, ALIKE = 16, 20.0
 
 
 @dataclass(frozen=True)
@@ -34,8 +37,9 @@ class Follow:
     the detector can do that (see :class:`pyface.data.detect.Detector`). The whole picture is searched, at reduced size,
     every ``search`` frames, whenever a known face was not found again, and as long as none is known: so a further face
     may appear ``search`` frames before it is noticed. A detection belongs to the face with which it overlaps most, by
-    0.3 at least (intersection over union). A face that was found in two looks is on a straight line between them; one
-    that was found in only one is looked for in each frame between. A face that has been gone for ``patience`` frames
+    0.2 at least (intersection over union). A face that was found in two looks is on a straight line between them, and
+    is looked for in those frames whose crop differs from both looks'; one that was found in only one look is looked for
+    in each frame between. A face that has been gone for ``patience`` frames
     and returns is a new one. So is, after a cut, one elsewhere in the picture; one in the same place is not told apart.
 
     Squares are averaged over neighbouring frames as those of :meth:`pyface.data.crop.FaceCrop.follow`, which looks at
@@ -96,6 +100,12 @@ class _Known:
     seen: int  # the frame
 
 
+@dataclass(frozen=True)
+class _Seen:
+    box: Placed
+    tiny: np.ndarray  # the crop, tiny
+
+
 class _Chase:
     """The state of following one video."""
 
@@ -111,7 +121,7 @@ class _Chase:
 
     def run(self, frames: Iterable[np.ndarray]) -> Iterator[tuple[np.ndarray, dict[int, Placed]]]:
         between: list[np.ndarray] = []
-        before: dict[int, Placed] = {}
+        before: dict[int, _Seen] = {}
         frame = -1
         for frame, pixels in enumerate(frames):
             if frame % self.settings.stride:
@@ -119,15 +129,15 @@ class _Chase:
                 continue
             now = self._look(frame, pixels)
             yield from zip(between, self._between(between, before, now))
-            yield pixels, now
+            yield pixels, {number: seen.box for number, seen in now.items()}
             between, before = [], now
         if between:
             pixels = between.pop()
             now = self._look(frame, pixels)
             yield from zip(between, self._between(between, before, now))
-            yield pixels, now
+            yield pixels, {number: seen.box for number, seen in now.items()}
 
-    def _look(self, frame: int, pixels: np.ndarray) -> dict[int, Placed]:
+    def _look(self, frame: int, pixels: np.ndarray) -> dict[int, _Seen]:
         """The faces in a frame, known and new ones."""
         patience = self.settings.patience
         self.known = {number: face for number, face in self.known.items() if frame - face.seen <= patience}
@@ -145,7 +155,10 @@ class _Chase:
         for number, box in found.items():
             self.known[number] = _Known(box, frame)
         self.current = set(found)
-        return dict(sorted(found.items()))
+        return {number: _Seen(box, self._tiny(pixels, box)) for number, box in sorted(found.items())}
+
+    def _tiny(self, pixels: np.ndarray, box: Placed) -> np.ndarray:
+        return cut(pixels, self.settings.crop.square(box), TINY).astype(np.int16)
 
     def _assign(self, pixels: np.ndarray, boxes: list[Placed], found: dict[int, Placed]) -> None:
         """Give detections to known faces, the best fitting first, and new numbers to the rest, the largest first."""
@@ -174,9 +187,7 @@ class _Chase:
 
     def _again(self, pixels: np.ndarray, box: Placed) -> Placed | None:
         """A known face, found near its box."""
-        hits = detect_faces(pixels, lambda photo: self.near(photo, box))
-        best = max(hits, key=lambda hit: overlap(hit, box), default=None)
-        return best if best is not None and overlap(best, box) >= SAME else None
+        return _best(detect_faces(pixels, lambda photo: self.near(photo, box)), box)
 
     def _find(self, pixels: np.ndarray) -> list[Placed]:
         """All faces of a frame."""
@@ -193,30 +204,43 @@ class _Chase:
         return [(x * across, y * down, w * across, h * down) for x, y, w, h in detect_faces(reduced, self.detector)]
 
     def _between(
-        self, frames: Sequence[np.ndarray], before: dict[int, Placed], now: dict[int, Placed]
+        self, frames: Sequence[np.ndarray], before: dict[int, _Seen], now: dict[int, _Seen]
     ) -> list[dict[int, Placed]]:
         """The faces in the frames between two looks."""
         there: list[dict[int, Placed]] = [{} for _ in frames]
-        for number in before.keys() & now.keys():
-            for step, faces in enumerate(there, start=1):
-                share = step / (len(frames) + 1)
-                faces[number] = tuple((1 - share) * a + share * b for a, b in zip(before[number], now[number]))
-        seen_once = sorted(before.keys() ^ now.keys())
-        if not seen_once:
-            return there
-        whole = [None if self.near is not None else self._find(pixels) for pixels in frames]
-        for number in seen_once:
-            box = before.get(number) or now[number]
-            steps = range(len(frames)) if number in before else reversed(range(len(frames)))
-            for step in steps:
-                if self.near is not None:
-                    hit = self._again(frames[step], box)
+        wholes: dict[int, list[Placed]] = {}
+
+        def search(step: int, number: int, box: Placed) -> Placed:
+            """Put in what is found about ``box``, and say where to search next."""
+            if self.near is None and step not in wholes:
+                wholes[step] = self._find(frames[step])
+            hit = self._again(frames[step], box) if self.near is not None else _best(wholes[step], box)
+            if hit is None or _taken(hit, there[step]):
+                return box
+            there[step][number] = hit
+            return hit
+
+        for number in sorted(before.keys() & now.keys()):
+            one, other = before[number], now[number]
+            for step, pixels in enumerate(frames):
+                share = (step + 1) / (len(frames) + 1)
+                box = tuple((1 - share) * a + share * b for a, b in zip(one.box, other.box))
+                tiny = self._tiny(pixels, box)
+                if min(np.abs(tiny - one.tiny).mean(), np.abs(tiny - other.tiny).mean()) <= ALIKE:
+                    there[step][number] = box
                 else:
-                    hit = max(whole[step], key=lambda one: overlap(one, box), default=None)
-                    hit = hit if hit is not None and overlap(hit, box) >= SAME else None
-                if hit is not None and not _taken(hit, there[step]):
-                    there[step][number] = box = hit
+                    search(step, number, box)
+        for number in sorted(before.keys() ^ now.keys()):
+            box = (before.get(number) or now[number]).box
+            for step in range(len(frames)) if number in before else reversed(range(len(frames))):
+                box = search(step, number, box)
         return there
+
+
+def _best(hits: Sequence[Placed], box: Placed) -> Placed | None:
+    """The hit that overlaps most with ``box``, if it can be the same face."""
+    best = max(hits, key=lambda hit: overlap(hit, box), default=None)
+    return best if best is not None and overlap(best, box) >= SAME else None
 
 
 def _taken(box: Placed, found: dict[int, Placed]) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +22,9 @@ from pyface.methods.detection import Detector, FaceScores
 # Frames of one face that are scored together. A longer video is scored in stretches, so that memory is bounded; the
 # videos of the usual data sets are shorter. The last stretch has at least REST frames, enough for every method.
 STRETCH, REST = 512, 64
-# A face seen in fewer frames, and in fewer than half of a short video's, is most likely none.
-GLIMPSE = 15
+# What is seen in less of a video, or in less than half of a shorter one, is most likely no face: in frames of the
+# video, and in frames examined.
+GLIMPSE, FEW = 15, 3
 READ_AHEAD = 48 << 20  # bytes of decoded frames that wait to be searched
 KINDS = ("auto", "video", "pictures")
 _FRAME = re.compile(r"(frame|f)?[-_ ]?\d+", re.IGNORECASE)
@@ -193,7 +194,8 @@ def scan(
         footage: the video.
         detector: a method with its weights.
         places: rising positions of the frames to examine; None for all.
-        follow: how faces are found; its crop's size and scale are set to what ``detector`` needs.
+        follow: how faces are found; its numbers of frames are of the video, whatever ``places`` leaves out, and its
+            crop's size and scale are set to what ``detector`` needs.
         maps: ask for attention and gaze, too.
         evidence: frames to keep of each face.
         progress: called with the number of frames that were examined since the last call, from another thread.
@@ -204,8 +206,10 @@ def scan(
     places = range(len(footage)) if places is None else places
     if not places:
         raise UserError(f"none of the {len(footage)} frames of {footage.name} is to be examined; examine more of them")
-    follow = fitted(follow or Follow(), detector)
-    least = min(GLIMPSE, (len(places) + 1) // 2)
+    # Faces move from frame to frame of the video, however many of its frames are examined.
+    step = max(1, round((places[-1] - places[0]) / max(1, len(places) - 1)))
+    follow = fitted(follow or Follow(), detector, step)
+    least = min(max(FEW, GLIMPSE // step), (len(places) + 1) // 2)
     reader = _Reader(footage, places, follow, least, progress)
     faces: dict[int, _Scored] = {}
     for stretch in ahead(reader.stretches(), 1):
@@ -221,10 +225,11 @@ def scan(
     return Scan(footage.size, footage.fps, places, numbers, times, results, without, glimpses, notes)
 
 
-def fitted(follow: Follow, detector: Detector) -> Follow:
-    """The same, with crops as ``detector`` takes them."""
+def fitted(follow: Follow, detector: Detector, step: int = 1) -> Follow:
+    """The same, with crops as ``detector`` takes them, and for every ``step``-th frame of a video."""
     crop = FaceCrop(detector.margin, detector.image_size, follow.crop.detector)
-    return Follow(crop, follow.stride, follow.search, follow.longest, follow.patience, follow.most)
+    frames = {name: max(1, getattr(follow, name) // step) for name in ("stride", "search", "patience")}
+    return replace(follow, crop=crop, **frames)
 
 
 @dataclass
