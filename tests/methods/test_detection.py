@@ -322,7 +322,7 @@ def test_a_given_threshold_says_that_it_is_not_calibrated(result):
 
 
 def test_names_of_files_cannot_break_the_page(tmp_path):
-    name = '<script>alert("x")</script> & \'so on\''
+    name = "<script>alert(\"x\")</script> & 'so on'"
     write_png(tmp_path / "a.png", frame(("red", 10, 12, 28, 0.5)))
     image = Source(tmp_path / "a.png", "picture")
     result = examine(image, Brightness(), follow=FOLLOW, evidence=1)
