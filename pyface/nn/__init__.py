@@ -2,12 +2,15 @@
 
 from pyface.nn.coupling import AffineCoupling, HaarDWT2d, InvertibleSequential
 from pyface.nn.deform_conv import DeformConv2d, ModulatedDeformConv2d, replace_deform_conv
+from pyface.nn.spectral import MaskedFrequency, SpectralFilter
 
 __all__ = [
     "AffineCoupling",
     "DeformConv2d",
     "HaarDWT2d",
     "InvertibleSequential",
+    "MaskedFrequency",
     "ModulatedDeformConv2d",
+    "SpectralFilter",
     "replace_deform_conv",
 ]

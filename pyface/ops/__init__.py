@@ -8,6 +8,7 @@ from pyface.ops._paths import PATHS, PathError, paths, table
 from pyface.ops.coupling import affine_coupling, haar_dwt2d, haar_idwt2d
 from pyface.ops.deform_conv import deform_conv2d
 from pyface.ops.dense_block import dense_block
+from pyface.ops.spectral import high_pass, mask_high_frequencies, spectral_filter
 
 __all__ = [
     "PATHS",
@@ -17,6 +18,9 @@ __all__ = [
     "dense_block",
     "haar_dwt2d",
     "haar_idwt2d",
+    "high_pass",
+    "mask_high_frequencies",
     "paths",
+    "spectral_filter",
     "table",
 ]
