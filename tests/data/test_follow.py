@@ -139,7 +139,7 @@ def test_a_detector_that_looks_near_rarely_searches_everything():
 
 def test_a_further_face_is_noticed_by_the_next_search():
     frames = [frame(("red", 10, 20, 24, 0), *([("blue", 80, 50, 20, 0)] if i > 11 else [])) for i in range(60)]
-    squares = followed(frames, Near())
+    squares = followed(frames, Near(), search=25)
     assert min(squares[2]) == 21  # traced back from the search in frame 25 to the look before it
     assert max(squares[2]) == 59
     assert min(followed(frames, Counting())[2]) == 12
