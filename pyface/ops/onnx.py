@@ -1,53 +1,71 @@
-"""How ONNX writes the ops of this package, for PyTorch's exporter (`torch.onnx.export(..., dynamo=True)`)."""
+"""Export to ONNX: the standard operators that pyface's ops become."""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
+import pyface.ops.deform_conv  # noqa: F401 - registers the op named below
 from pyface.errors import UserError
 
+FIRST_OPSET = 19  # the first with DeformConv
 
-def translation_table() -> dict[Callable, Callable]:
-    """What `torch.onnx.export` needs as `custom_translation_table` to export models that use our ops.
 
-    `deform_conv2d`, and with it the layers on it, becomes the standard operator DeformConv, which came with opset 19::
+def translations(opset_version: int = 22) -> dict[Any, Callable]:
+    """What `torch.onnx.export(..., dynamo=True, custom_translation_table=...)` needs to know of pyface's ops.
 
-        torch.onnx.export(model, args, "model.onnx", dynamo=True, opset_version=19,
-                          custom_translation_table=translation_table())
+    `deform_conv2d`, and with it `pyface.nn.DeformConv2d` and `ModulatedDeformConv2d`, become the standard operator
+    DeformConv. Batch and picture size may be dynamic, channels may not. Sums are in the order of whoever runs the
+    model; offsets that are no numbers mean nothing in ONNX.
 
-    Offsets or masks that are wider than the input (float32 beside bfloat16 or float16) are kept: ONNX wants one type,
-    so that layer is computed in theirs. bfloat16 as such needs opset 22 and a runtime that takes it; ONNX Runtime's CPU
-    kernel takes float32 and float64. The other ops of this package have no ONNX operator and are not in the table:
-    exporting them is refused by the exporter, with the name of the op.
+    Args:
+        opset_version: the one given to `torch.onnx.export`; 19 or later. bfloat16 needs 22.
 
     Raises:
-        UserError: onnxscript is not installed (`pip install onnxscript`; the exporter needs it too).
+        UserError: an opset without DeformConv, or one that the installed onnxscript does not know; no onnxscript.
     """
+    if opset_version < FIRST_OPSET:
+        raise UserError(
+            f"ONNX has DeformConv from opset {FIRST_OPSET} on, got opset_version={opset_version}; export with "
+            f"opset_version={FIRST_OPSET} or later"
+        )
     try:
-        from onnxscript import opset19
+        opset = getattr(importlib.import_module("onnxscript"), f"opset{opset_version}")
     except ImportError as error:
-        raise UserError(f"the ONNX export needs onnxscript (pip install onnxscript): {error}") from error
+        raise UserError(f"exporting to ONNX needs onnxscript (pip install onnx onnxscript): {error}") from error
+    except AttributeError:
+        raise UserError(f"the installed onnxscript has no opset {opset_version}; install a newer one") from None
 
     def deform_conv2d(input, offset, weight, bias, mask, stride, padding, dilation, path=None):
-        group, taps = input.shape[1] // weight.shape[1], weight.shape[2] * weight.shape[3]
-        type_in, type_inside = input.dtype, offset.dtype
-        if type_in != type_inside:
-            input, weight = (opset19.Cast(t, to=type_inside) for t in (input, weight))
-            bias = None if bias is None else opset19.Cast(bias, to=type_inside)
-        out = opset19.DeformConv(
+        channels, (_, group_channels, *kernel) = input.shape[1], weight.shape
+        sizes = (channels, group_channels, *kernel, offset.shape[1])
+        if not all(isinstance(size, int) for size in sizes):
+            raise UserError(
+                "deform_conv2d: to become DeformConv, channels, kernel and offset groups must be fixed numbers, got "
+                f"input {list(input.shape)}, weight {list(weight.shape)}, offset {list(offset.shape)}; let only the "
+                "batch and the picture's size be dynamic"
+            )
+        # ONNX has one type for all: beside wider offsets the layer is computed in theirs.
+        given, inside = input.dtype, offset.dtype
+        if given != inside:
+            input, weight = (opset.Cast(t, to=inside) for t in (input, weight))
+            bias = None if bias is None else opset.Cast(bias, to=inside)
+        out = opset.DeformConv(
             input,
             weight,
             offset,
             bias,
             mask,
-            strides=stride,
+            kernel_shape=kernel,
+            strides=list(stride),
             pads=[*padding, *padding],
-            dilations=dilation,
-            group=group,
-            offset_group=offset.shape[1] // (2 * taps),
+            dilations=list(dilation),
+            group=channels // group_channels,
+            offset_group=offset.shape[1] // (2 * kernel[0] * kernel[1]),
         )
-        return out if type_in == type_inside else opset19.Cast(out, to=type_in)
+        return out if given == inside else opset.Cast(out, to=given)
 
     return {torch.ops.pyface.deform_conv2d.default: deform_conv2d}
