@@ -18,6 +18,7 @@ VERBS = {
     "protect": "Hide every face of a photo under a key, in one lossless PNG.",
     "recover": "Bring the faces of a protected photo back.",
     "demo": "Protect and recover a portrait, and draw what happened.",
+    "detect": "Score every face of videos and pictures: is it forged?",
     "sketch": "Draw the face of a photo as one of three artists would.",
     "info": "Show this machine, how pyface was built, and which compute paths work.",
     "train": "Train a method, or go on with a run.",

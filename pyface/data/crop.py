@@ -64,7 +64,7 @@ class FaceCrop:
         boxes = detect_faces(pixels, self.detector)
         if not boxes:
             raise UserError(f"no face was found in a picture of {pixels.shape[1]} x {pixels.shape[0]} pixels")
-        return to_tensor(_cut(pixels, self._square(_largest(boxes)), self.size))
+        return to_tensor(cut(pixels, self.square(_largest(boxes)), self.size))
 
     def faces(self, footage: Footage, indices: Iterable[int], key: str | None = None) -> dict[int, list[Box]]:
         """Boxes (x, y, width, height) detected in each of these frames; an empty list where there is no face.
@@ -88,8 +88,11 @@ class FaceCrop:
                 temporary.write_text(json.dumps({"detector": self._detector_name(), "frames": frames}))
         return {index: known[index] for index in wanted}
 
-    def follow(self, footage: Footage, key: str | None = None) -> FaceFootage:
+    def follow(self, footage: Footage, key: str | None = None, indices: Iterable[int] | None = None) -> FaceFootage:
         """The face of a video, as a video of its own; frames with no face are left out.
+
+        ``indices`` are the positions of the frames to look at, by default all. A square is averaged with those of
+        neighbouring frames only, so frames far apart are cut out by their own boxes.
 
         Where there are several faces, the one is kept that overlaps most with the mean box of the video. Squares are
         averaged over the two frames before and after, as far as they overlap by half (intersection over union), so a
@@ -98,10 +101,11 @@ class FaceCrop:
         Raises:
             UserError: no face in any frame.
         """
-        squares = self._steady(self.faces(footage, range(len(footage)), key))
+        looked = range(len(footage)) if indices is None else sorted(set(indices))
+        squares = self._steady(self.faces(footage, looked, key))
         if not squares:
             raise UserError(
-                f"no face was found in any of the {len(footage)} frames of {footage.name}; "
+                f"no face was found in any of the {len(looked)} frames of {footage.name}; "
                 f"give another detector, or boxes of your own in the cache folder"
             )
         return FaceFootage(footage, squares, self.size)
@@ -118,10 +122,11 @@ class FaceCrop:
         for index in indices:
             boxes = self.faces(footage, [index], key)[index]
             if boxes:
-                return index, _cut(footage.pixels([index])[0], self._square(_largest(boxes)), self.size)
+                return index, cut(footage.pixels([index])[0], self.square(_largest(boxes)), self.size)
         raise UserError(f"no face was found in any of {len(indices)} frames of {footage.name}; give another detector")
 
-    def _square(self, box: Box) -> Square:
+    def square(self, box: Box) -> Square:
+        """What is cut out round a box, before it is moved into the picture."""
         x, y, w, h = box
         return x + w / 2, y + h / 2, max(w, h) * self.scale + 2 * self.padding
 
@@ -132,15 +137,13 @@ class FaceCrop:
         alone = [boxes[0] for boxes in found.values() if len(boxes) == 1] or [_largest(b) for b in found.values()]
         mean = tuple(np.mean(alone, 0))
         squares = {
-            index: self._square(max(boxes, key=lambda box: (_overlap(box, mean), box[2] * box[3])))
+            index: self.square(max(boxes, key=lambda box: (overlap(box, mean), box[2] * box[3])))
             for index, boxes in found.items()
         }
-        steady = {}
-        for index, own in squares.items():
-            near = [squares[i] for i in range(index - WINDOW, index + WINDOW + 1) if i in squares]
-            near = [square for square in near if _overlap(_box(square), _box(own)) >= OVERLAP]
-            steady[index] = tuple(float(value) for value in np.mean(near, 0))
-        return steady
+        return {
+            index: steadied(own, [squares[i] for i in range(index - WINDOW, index + WINDOW + 1) if i in squares])
+            for index, own in squares.items()
+        }
 
     def _detector_name(self) -> str:
         if isinstance(self.detector, str):
@@ -175,7 +178,7 @@ class FaceFootage(Footage):
         self.name, self.footage = footage.name, footage
         self.positions, self.squares = list(squares), list(squares.values())
         height, width = footage.size
-        side = size if size is not None else max(_place(square, height, width)[2] for square in self.squares)
+        side = size if size is not None else max(place(square, height, width)[2] for square in self.squares)
         self._size = (side, side)
 
     def __len__(self) -> int:
@@ -197,7 +200,13 @@ class FaceFootage(Footage):
     def _read(self, order: Sequence[int]) -> Iterable[np.ndarray]:
         for index in order:
             (frame,) = self.footage.pixels([self.positions[index]])
-            yield _cut(frame, self.squares[index], self._size[0])
+            yield cut(frame, self.squares[index], self._size[0])
+
+
+def steadied(own: Square, near: Sequence[Square]) -> Square:
+    """The mean of those of the squares ``near`` in time, itself among them, that overlap with it by half."""
+    near = [square for square in near if overlap(_box(square), _box(own)) >= OVERLAP]
+    return tuple(float(value) for value in np.mean(near, 0))
 
 
 def _largest(boxes: Sequence[Box]) -> Box:
@@ -209,7 +218,7 @@ def _box(square: Square) -> tuple[float, float, float, float]:
     return x - side / 2, y - side / 2, side, side
 
 
-def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
+def overlap(a: Sequence[float], b: Sequence[float]) -> float:
     """Intersection over union of two boxes (x, y, width, height)."""
     width = min(a[0] + a[2], b[0] + b[2]) - max(a[0], b[0])
     height = min(a[1] + a[3], b[1] + b[3]) - max(a[1], b[1])
@@ -217,7 +226,7 @@ def _overlap(a: Sequence[float], b: Sequence[float]) -> float:
     return common / (a[2] * a[3] + b[2] * b[3] - common)
 
 
-def _place(square: Square, height: int, width: int) -> tuple[int, int, int]:
+def place(square: Square, height: int, width: int) -> tuple[int, int, int]:
     """Left, top, side of the square, moved into the picture."""
     x, y, side = square
     side = max(1, min(round(side), height, width))
@@ -225,12 +234,12 @@ def _place(square: Square, height: int, width: int) -> tuple[int, int, int]:
     return min(max(left, 0), width - side), min(max(top, 0), height - side), side
 
 
-def _cut(pixels: np.ndarray, square: Square, size: int | None) -> np.ndarray:
+def cut(pixels: np.ndarray, square: Square, size: int | None) -> np.ndarray:
     """ndarray[H, W, 3] uint8 -> ndarray[S, S, 3] uint8."""
-    left, top, side = _place(square, *pixels.shape[:2])
-    cut = np.ascontiguousarray(pixels[top : top + side, left : left + side])
+    left, top, side = place(square, *pixels.shape[:2])
+    own = np.ascontiguousarray(pixels[top : top + side, left : left + side])
     if size is None or size == side:
-        return cut
-    batch = torch.from_numpy(cut).permute(2, 0, 1)[None]
+        return own
+    batch = torch.from_numpy(own).permute(2, 0, 1)[None]
     small = interpolate(batch, (size, size), mode="bilinear", antialias=True)
     return np.ascontiguousarray(small[0].permute(1, 2, 0).numpy())

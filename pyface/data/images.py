@@ -54,11 +54,16 @@ class Photo:
         return replace(self, pixels=pixels)
 
 
-def read_photo(path: str | os.PathLike, max_megapixels: float = MAX_MEGAPIXELS) -> Photo:
+def read_photo(path: str | os.PathLike, max_megapixels: float = MAX_MEGAPIXELS, *, reduce: bool = False) -> Photo:
     """Decode a picture file to 8-bit RGB.
 
     The size in the header is checked before any pixel is decoded. EXIF orientation is applied; grey, palette and CMYK
     become RGB. Of the metadata only the colour profile is kept.
+
+    Args:
+        path: of the file.
+        max_megapixels: larger ones are refused.
+        reduce: keep the upper 8 bits of 16 per channel, and say so in the notes, instead of refusing the picture.
 
     Raises:
         UserError: missing, not a picture, cut off, damaged, too large, or with more than 8 bits per channel.
@@ -80,21 +85,26 @@ def read_photo(path: str | os.PathLike, max_megapixels: float = MAX_MEGAPIXELS) 
                 f"{path} has {width} x {height} pixels ({width * height / 1e6:.0f} megapixels), more than the limit of "
                 f"{max_megapixels:g}; raise it with --max-megapixels if you trust the file"
             )
-        if _bits_per_channel(image, file) > 8:
+        bits = _bits_per_channel(image, file)
+        if bits > 8 and not (reduce and bits == 16 and image.mode != "F"):
             raise UserError(
-                f"{path} has more than 8 bits per channel, which protection would lose; convert it to 8 bits first"
+                f"{path} has more than 8 bits per channel, which would be lost; convert it to 8 bits first"
             )
         try:
             image.load()
             has_exif = bool(image.getexif())
             frames = getattr(image, "n_frames", 1) if image.format != "MPO" else 1
             upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I"):
+                upright = Image.fromarray((np.asarray(upright).clip(0, 0xFFFF) >> 8).astype(np.uint8))
             photo = _to_rgb(upright)
         except Exception as error:
             if isinstance(error, MemoryError):
                 raise
             raise UserError(f"{path} is cut off or damaged and cannot be decoded ({error})") from error
     notes = photo.notes
+    if bits > 8:
+        notes += (f"{bits} bits per channel are reduced to 8",)
     if frames > 1:
         notes += (f"only the first of {frames} frames is used",)
     if has_exif:
@@ -285,6 +295,8 @@ def _exactly(file: BinaryIO, count: int, path: Path) -> bytes:
 
 
 def _bits_per_channel(image: Image.Image, file: BinaryIO) -> int:
+    if image.format == "TIFF":
+        return max(image.tag_v2.get(258, (8,)))
     if image.mode.startswith(("I", "F")):
         return 16
     if image.format == "PNG":  # Pillow reads 16-bit colour as 8-bit without saying so
@@ -293,8 +305,6 @@ def _bits_per_channel(image: Image.Image, file: BinaryIO) -> int:
         depth = file.read(1)[0]
         file.seek(position)
         return depth
-    if image.format == "TIFF":
-        return max(image.tag_v2.get(258, (8,)))
     return 8
 
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import bisect
 import os
+import queue
 import re
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from torch import Tensor
 from pyface.data.images import SUFFIXES, read_photo, replacing
 from pyface.data.sets.folders import natural, to_pixels
 from pyface.errors import UserError
+
+Item = TypeVar("Item")
 
 VIDEO_SUFFIXES = frozenset((".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi"))
 
@@ -57,6 +60,12 @@ class Footage(ABC):
     def numbers(self) -> Sequence[int]:
         """The number of each frame in the video it was taken from, rising; 0, 1, 2... if none is missing."""
         return range(len(self))
+
+    @property
+    def times(self) -> Sequence[float]:
+        """Seconds from the first frame to each; where the file does not say them, by number and frame rate."""
+        first = self.numbers[0]
+        return [(number - first) / self.fps for number in self.numbers]
 
     @abstractmethod
     def _read(self, order: Sequence[int]) -> Iterable[np.ndarray]:
@@ -125,6 +134,11 @@ class Video(Footage):
     def size(self) -> tuple[int, int]:
         return self._index.size
 
+    @property
+    def times(self) -> Sequence[float]:
+        shown, tick = self._index.shown, self._index.tick
+        return [float((time - shown[0]) * tick) for time in shown]
+
     @cached_property
     def _index(self) -> _Index:
         av = import_av()
@@ -138,6 +152,7 @@ class Video(Footage):
                 stream = container.streams.video[0]
                 fps, promised = float(stream.average_rate or 0), stream.frames
                 size = (stream.codec_context.height, stream.codec_context.width)
+                tick = stream.time_base
                 packets = 0
                 for packet in container.demux(stream):
                     if packet.dts is None and packet.pts is None:  # the empty packet that ends the stream
@@ -158,7 +173,7 @@ class Video(Footage):
             raise UserError(f"{self.name} is cut off: frame {packets} of {promised} is missing")
         if not shown or not keys:
             raise UserError(f"{self.name} holds no frames")
-        return _Index(sorted(shown), sorted(keys), fps, size)
+        return _Index(sorted(shown), sorted(keys), fps, size, tick)
 
     def _read(self, order: Sequence[int]) -> Iterable[np.ndarray]:
         with self._lock:
@@ -196,12 +211,13 @@ class Video(Footage):
 
 @dataclass(frozen=True)
 class _Index:
-    """When each frame is shown; (shown, decoded) times of the key frames; both in the stream's time base."""
+    """When each frame is shown; (shown, decoded) times of the key frames; both in ticks of so many seconds."""
 
     shown: list[int]
     keys: list[tuple[int, int]]
     fps: float
     size: tuple[int, int]
+    tick: Fraction
 
 
 class _Cursor:
@@ -267,10 +283,16 @@ class Pictures(Footage):
 
 
 class FrameFolder(Pictures):
-    """A folder of frames as pictures, in natural order of their names; sub-folders are not entered."""
+    """A folder of frames as pictures, in natural order of their names; sub-folders are not entered.
 
-    def __init__(self, path: str | os.PathLike, fps: float = 25.0) -> None:
-        self.path = Path(path)
+    Args:
+        path: of the folder.
+        fps: frames per second, which pictures do not say.
+        reduce: bring pictures of more than 8 bits per channel to 8, instead of refusing them.
+    """
+
+    def __init__(self, path: str | os.PathLike, fps: float = 25.0, *, reduce: bool = False) -> None:
+        self.path, self.reduce = Path(path), reduce
         try:
             names = [entry.name for entry in os.scandir(path) if entry.is_file() and not entry.name.startswith(".")]
         except OSError as error:
@@ -281,9 +303,56 @@ class FrameFolder(Pictures):
     def _read(self, order: Sequence[int]) -> Iterable[np.ndarray]:
         for index in order:
             try:
-                yield read_photo(self.path / self.names[index]).pixels
+                yield read_photo(self.path / self.names[index], reduce=self.reduce).pixels
             except UserError as error:
                 raise UserError(f"frame {index} of {self.name}: {error}") from error
+
+
+def ahead(items: Iterable[Item], size: int) -> Iterator[Item]:
+    """The items, made in a thread that runs at most ``size`` of them ahead; what it raises is raised here.
+
+    The thread ends, and closes the iterator that it reads, when this generator is closed or has ended.
+    """
+    ready: queue.Queue[tuple[bool, Any]] = queue.Queue(size)
+    stop = threading.Event()
+
+    def put(entry: tuple[bool, Any]) -> bool:
+        while not stop.is_set():
+            try:
+                ready.put(entry, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def make() -> None:
+        iterator = iter(items)
+        try:
+            for item in iterator:
+                if not put((True, item)):
+                    break
+            else:
+                put((False, None))
+        except BaseException as error:
+            put((False, error))
+        finally:
+            if hasattr(iterator, "close"):
+                iterator.close()
+
+    thread = threading.Thread(target=make, daemon=True)
+    thread.start()
+    try:
+        while True:
+            more, item = ready.get()
+            if more:
+                yield item
+            elif item is None:
+                return
+            else:
+                raise item
+    finally:
+        stop.set()
+        thread.join()
 
 
 def write_video(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from skimage import data
 
-from pyface.data.crop import FaceCrop, _cut, _place
+from pyface.data.crop import FaceCrop, cut, place
 from pyface.data.images import write_png
 from pyface.data.sets.folders import to_tensor
 from pyface.data.video import FrameFolder
@@ -69,7 +69,7 @@ def test_square_has_the_longer_side_times_scale_plus_padding(footage):
     width=st.integers(1, 80),
 )  # fmt: skip
 def test_square_stays_in_the_picture(x, y, side, height, width):
-    left, top, placed = _place((x, y, side), height, width)
+    left, top, placed = place((x, y, side), height, width)
     assert 1 <= placed <= min(height, width)
     assert 0 <= left <= width - placed
     assert 0 <= top <= height - placed
@@ -77,7 +77,7 @@ def test_square_stays_in_the_picture(x, y, side, height, width):
 
 def test_resizing_keeps_a_ramp_a_ramp():
     pixels = np.repeat(np.arange(80, dtype=np.uint8)[None, :, None] * 3, 60, 0).repeat(3, 2)
-    small = _cut(pixels, (40, 30, 40), 20)
+    small = cut(pixels, (40, 30, 40), 20)
     assert small.shape == (20, 20, 3)
     assert np.abs(small[5, 1:-1, 0] - (20 + np.arange(20) * 2 + 0.5)[1:-1] * 3).max() <= 1
 

@@ -123,6 +123,21 @@ def test_sixteen_bits_are_refused(tmp_path, saved):
             read_photo(path)
 
 
+def test_more_than_8_bits_are_reduced_where_that_is_asked_for(saved, tmp_path):
+    grey = np.linspace(0, 65535, 60, dtype=np.uint16).reshape(6, 10)
+    for name in ("grey16.png", "grey16.tif"):
+        photo = read_photo(saved(grey, name), reduce=True)
+        np.testing.assert_array_equal(photo.pixels, np.repeat((grey >> 8)[..., None], 3, -1))
+        assert "16 bits per channel are reduced to 8" in photo.notes
+    colour = np.stack((grey, grey[::-1], grey[:, ::-1]), -1)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in colour)
+    (tmp_path / "rgb16.png").write_bytes(png(10, 6, 16, 2, rows))
+    np.testing.assert_array_equal(read_photo(tmp_path / "rgb16.png", reduce=True).pixels, colour >> 8)
+    for deeper, name in ((np.float32(grey), "float.tif"), (grey.astype(np.int32), "int32.tif")):
+        with pytest.raises(UserError, match="more than 8 bits"):
+            read_photo(saved(deeper, name), reduce=True)
+
+
 def test_bomb_is_refused_before_decoding(tmp_path):
     path = tmp_path / "bomb.png"
     path.write_bytes(png(20_000, 10_000, 8, 2, b"\0"))

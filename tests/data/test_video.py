@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pickle
 import sys
+import threading
 from fractions import Fraction
 
 import av
@@ -16,7 +17,7 @@ from scipy.ndimage import gaussian_filter
 from torch.utils.data import DataLoader
 
 from pyface.data.images import write_png
-from pyface.data.video import FrameFolder, Video, open_video, write_video
+from pyface.data.video import FrameFolder, Video, ahead, open_video, write_video
 from pyface.errors import UserError
 
 LENGTH, HEIGHT, WIDTH = 45, 36, 52
@@ -103,6 +104,55 @@ def test_other_codecs_and_containers(tmp_path, name, codec, options):
     assert len(video) == len(expected)
     for index in np.random.default_rng(1).permutation(len(expected)):
         assert np.array_equal(video.pixels([index])[0], expected[index]), index
+
+
+def test_times_are_those_of_the_file(tmp_path):
+    times = np.random.default_rng(2).integers(20, 90, LENGTH).cumsum()
+    encode(tmp_path / "uneven.mp4", "libx264", {"g": "9", "bf": "2"}, times.tolist())
+    np.testing.assert_allclose(Video(tmp_path / "uneven.mp4").times, (times - times[0]) / 1000, atol=1e-4)
+    write_video(tmp_path / "even.mp4", [picture(index) for index in range(5)], fps=12.5)
+    np.testing.assert_allclose(Video(tmp_path / "even.mp4").times, np.arange(5) / 12.5, atol=1e-6)
+    for number in (3, 4, 9):
+        write_png(tmp_path / "frames" / f"{number}.png", picture(number))
+    np.testing.assert_allclose(FrameFolder(tmp_path / "frames", 10).times, (0, 0.1, 0.6))
+
+
+@pytest.mark.parametrize("size", [1, 4])
+def test_ahead_gives_the_same_and_no_more_than_asked(size):
+    made, most = 0, 0
+
+    def items():
+        nonlocal made
+        for index in range(40):
+            made += 1
+            yield index
+
+    for given_, item in enumerate(ahead(items(), size)):
+        assert item == given_
+        most = max(most, made - given_)
+    assert made == 40
+    assert most <= size + 3  # one given, size waiting, one to be put there, one being made
+
+
+def test_ahead_raises_what_its_items_raise_and_stops_when_it_is_left():
+    def items(closed):
+        try:
+            yield 1
+            raise UserError("damaged")
+        finally:
+            closed.append(True)
+
+    first, second = [], []
+    run = ahead(items(first), 1)
+    assert next(run) == 1
+    with pytest.raises(UserError, match="damaged"):
+        next(run)
+    before = threading.active_count()
+    run = ahead(items(second), 1)
+    next(run)
+    run.close()
+    assert first == second == [True]
+    assert threading.active_count() == before
 
 
 def test_frames_at_uneven_times_are_counted_not_timed(tmp_path):
