@@ -7,6 +7,7 @@ nothing of it.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -90,35 +91,41 @@ class ExtraKV(nn.Module):
                 f"ExtraKV: its rows are {len(self.key)} heads of {self.key.shape[-1]} numbers, but the layer's keys "
                 f"are {key.shape[1]} heads of {key.shape[-1]}"
             )
-        return _attention(query, key, value, self.key, self.value, self.extra_bias, mask, is_causal, scale)
+        return attend(self, query, key, value, mask, is_causal, scale)
 
 
-def _attention(query, key, value, extra_key, extra_value, extra_bias, mask, is_causal, scale) -> Tensor:
+def attend(
+    extra: ExtraKV | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = False,
+    scale: float | None = None,
+) -> Tensor:
+    """What `ExtraKV` does, for layers that may have none."""
     groups = query.shape[1] // key.shape[1]
+    rows = None if extra is None else (extra.key, extra.value)
     if groups > 1:
         key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
-        extra_key, extra_value = (t.repeat_interleave(groups, 0) for t in (extra_key, extra_value))
+        rows = rows and [t.repeat_interleave(groups, 0) for t in rows]
     if mask is None:
+        bias = 0.0 if extra is None else extra.extra_bias
         return concat_kv_attention(
-            query, key, value, extra_key, extra_value, is_causal=is_causal, scale=scale, extra_bias=extra_bias
+            query, key, value, *(rows or (None, None)), is_causal=is_causal, scale=scale, extra_bias=bias
         )
-    batch, heads, queries, _ = query.shape
     if mask.dtype == torch.bool:
         mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
     if is_causal:
-        visible = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril(key.shape[2] - queries)
+        visible = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril(key.shape[2] - query.shape[2])
         mask = mask.masked_fill(~visible, -torch.inf)
-    front = torch.as_tensor(extra_bias, dtype=mask.dtype, device=mask.device)
-    mask = torch.cat((front.expand(*mask.shape[:-1], extra_key.shape[-2]), mask), -1)
-    key, value = (
-        torch.cat((extra.to(t.dtype).expand(batch, -1, -1, -1), t), 2)
-        for extra, t in ((extra_key, key), (extra_value, value))
-    )
+    if rows:
+        front = extra.extra_bias.to(mask.dtype).expand(*mask.shape[:-1], rows[0].shape[1])
+        mask = torch.cat((front, mask), -1)
+        key, value = (
+            torch.cat((row.to(t.dtype).expand(len(t), -1, -1, -1), t), 2) for row, t in zip(rows, (key, value))
+        )
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
-
-
-def _without_rows(key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, float]:
-    return key.new_empty(key.shape[1], 0, key.shape[3]), value.new_empty(value.shape[1], 0, value.shape[3]), 0.0
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------
@@ -165,11 +172,8 @@ def transformers_attention(
     is_causal = attention_mask is None and query.shape[2] > 1 and is_causal
     if is_causal and key.shape[2] > query.shape[2]:
         key, value = (t[:, :, : query.shape[2]] for t in (key, value))
-    extra = getattr(module, "extra_kv", None)
-    if extra is None:
-        out = _attention(query, key, value, *_without_rows(key, value), attention_mask, is_causal, scaling)
-    else:
-        out = extra(query, key, value, attention_mask, is_causal, scaling)
+    call = getattr(module, "extra_kv", None) or partial(attend, None)
+    out = call(query, key, value, attention_mask, is_causal, scaling)
     return out.transpose(1, 2).contiguous(), None
 
 
@@ -213,8 +217,8 @@ def add_extra_kv(
         extra_bias, init, generator: as in `ExtraKV`.
 
     Returns:
-        The new children `extra_kv` by their names in the model, in its first parameter's dtype and on each layer's
-        device. They are part of the model's state dict. Nothing is frozen.
+        The new children `extra_kv` by their names in the model, each on the device of its layer, in float32 (float64
+        in a float64 model): rows are trained. They are part of the model's state dict. Nothing is frozen.
 
     Raises:
         UserError: no layer of the model calls the registry, or `layers` names one it has not.
@@ -235,7 +239,7 @@ def add_extra_kv(
         extra = ExtraKV(
             _kv_heads(layer), rows, _head_dim(layer), extra_bias=extra_bias, init=init, generator=generator
         )
-        layer.extra_kv = extra.to(weight.device, weight.dtype)
+        layer.extra_kv = extra.to(weight.device, torch.promote_types(weight.dtype, torch.float32))
         made[f"{name}.extra_kv"] = layer.extra_kv
     return made
 
@@ -257,7 +261,7 @@ def _kv_heads(layer: nn.Module) -> int:
 
 
 class ConcatKVAttnProcessor(nn.Module):
-    """An attention processor of diffusers, for layers of its class `Attention`: what `AttnProcessor2_0` does, with rows.
+    """An attention processor of diffusers for layers of its class `Attention`: `AttnProcessor2_0` with rows.
 
     Args:
         extra: the rows; None: none. As the processor of a layer it is part of the model's state dict.
@@ -300,10 +304,7 @@ class ConcatKVAttnProcessor(nn.Module):
         if attention_mask is not None:
             attention_mask = attn.prepare_attention_mask(attention_mask, keys, batch)
             attention_mask = attention_mask.view(batch, attn.heads, -1, attention_mask.shape[-1])
-        if self.extra_kv is None:
-            out = _attention(query, key, value, *_without_rows(key, value), attention_mask, False, None)
-        else:
-            out = self.extra_kv(query, key, value, attention_mask)
+        out = (self.extra_kv or partial(attend, None))(query, key, value, attention_mask)
         out = attn.to_out[1](attn.to_out[0](out.transpose(1, 2).flatten(2).to(query.dtype)))
         if picture is not None:
             out = out.transpose(1, 2).reshape(picture)

@@ -359,7 +359,8 @@ def _jvp(ctx, *tangents):
     *tensors, _out, _lse = ctx.saved_tensors
     query = tensors[0]
     options = ctx.is_causal, ctx.scale, ctx.grid_width, ctx.smooth
-    d_out, d_lse = reference.tangent(*([_widened(t, query) for t in group] for group in (tensors, tangents[:7])), options)
+    widened = [[_widened(t, query) for t in group] for group in (tensors, tangents[:7])]
+    d_out, d_lse = reference.tangent(*widened, options)
     return d_out.to(query.dtype), d_lse
 
 

@@ -171,6 +171,31 @@ def test_rows_are_saved_with_the_model(transformers):
     assert torch.equal(again(tokens).last_hidden_state, model(tokens).last_hidden_state)
 
 
+def test_low_precision_model_keeps_rows_in_float32(transformers):
+    model, tokens = clip_text(transformers), torch.randint(2, 98, (2, 20))
+    for extra in add_extra_kv(model, 2).values():
+        assert extra.key.dtype == torch.float32
+    expected = model(tokens).last_hidden_state
+    low = clip_text(transformers).bfloat16()
+    for extra in add_extra_kv(low, 2).values():
+        assert (extra.key.dtype, extra.value.dtype) == (torch.float32, torch.float32)
+    low.load_state_dict(model.state_dict())
+    out = low(tokens).last_hidden_state
+    assert out.dtype == torch.bfloat16
+    close(out, expected, 0.03)
+    gradient = torch.autograd.grad(out.float()[:, 3, :5].sum(), low.encoder.layers[0].self_attn.extra_kv.key)[0]
+    assert gradient.dtype == torch.float32
+    assert not torch.equal(gradient, gradient.bfloat16().float())
+
+
+def test_compiles_as_one_graph(transformers):
+    model, tokens = clip_text(transformers), torch.randint(2, 98, (2, 20))
+    add_extra_kv(model, 2, extra_bias=1.0)
+    compiled = torch.compile(model.encoder.layers[0].self_attn, backend="aot_eager", fullgraph=True)
+    x = torch.randn(2, 20, 48)
+    close(compiled(x, is_causal=True)[0], model.encoder.layers[0].self_attn(x, is_causal=True)[0])
+
+
 def test_vision_model_sees_everything(transformers):
     config = transformers.CLIPVisionConfig(
         hidden_size=48, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, image_size=32, patch_size=8
@@ -187,8 +212,8 @@ def test_vision_model_sees_everything(transformers):
 
 
 def test_prefix_tuning_is_the_same_as_a_prefix_in_the_cache(transformers):
-    """Prefix tuning (arXiv:2101.00190) puts R trained keys and values before those of the tokens. As a filled cache, which
-    is how it is usually run, the prefix must be expanded over the batch, and takes part in the counting of positions."""
+    """Prefix tuning (arXiv:2101.00190) puts R trained keys and values before those of the tokens. As a filled cache,
+    which is how it is usually run, the prefix is expanded over the batch, and takes part in the counting of places."""
     model, rows = llama(transformers), 5
     tokens, places = torch.randint(0, 61, (3, 9)), torch.arange(9).expand(3, 9)
     made = add_extra_kv(model, rows)

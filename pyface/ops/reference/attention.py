@@ -1,8 +1,8 @@
 """Attention over keys and extra rows in plain PyTorch: the definition, its gradients and its tangent.
 
-Everywhere: query Tensor[B, H, L, E], key Tensor[B, H, S, E], value Tensor[B, H, S, Ev]; extra_key Tensor[1 or B, H, R, E]
-and extra_value Tensor[1 or B, H, R, Ev] or None (R = 0); extra_bias Tensor[H, R] or None (0); prior Tensor[B, H, L, 4] or
-None. `options` are (is_causal, scale, grid_width, smooth). Computed in the type of the tensors.
+Everywhere: query Tensor[B, H, L, E], key Tensor[B, H, S, E], value Tensor[B, H, S, Ev]; extra_key Tensor[1 or B, H, R,
+E] and extra_value Tensor[1 or B, H, R, Ev] or None (R = 0); extra_bias Tensor[H, R] or None (0); prior Tensor[B, H,
+L, 4] or None. `options` are (is_causal, scale, grid_width, smooth). Computed in the type of the tensors.
 """
 
 from __future__ import annotations
