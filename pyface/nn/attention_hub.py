@@ -191,7 +191,7 @@ def register_transformers_attention() -> str:
         from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
     except ImportError as error:
         raise UserError(
-            f"transformers 4.53 or newer is needed (pip install 'pyface-torch[transformers]'): {error}"
+            f"transformers 4.53 or newer is needed (pip install 'pyface-torch[hub]'): {error}"
         ) from error
     AttentionInterface.register(IMPLEMENTATION, transformers_attention)
     AttentionMaskInterface.register(IMPLEMENTATION, sdpa_mask)
