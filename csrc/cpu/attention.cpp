@@ -15,11 +15,19 @@
 namespace pyface::cpu::PYFACE_ISA {
 namespace {
 
-constexpr int kVectors = kVectorBytes == 64 ? 5 : 2;       // of queries in a block: with kKeys as many sums as registers hold
-constexpr int kKeys = kVectorBytes == 64 ? 5 : kVectorBytes == 32 ? 5 : 4;  // rows multiplied at a time
-constexpr int kColumns = 4;                                // columns of a result summed at a time
+constexpr int kVectors = kVectorBytes == 64 ? 5 : 2;  // of queries in a block
+
+// Sums held at a time beside N vectors: enough to hide the latency of a multiplication, as many as registers allow, and a
+// divisor of the 16 keys between two steps of a causal block.
+template <int N>
+constexpr int kTile = kVectorBytes == 64 ? (N == 1 ? 16 : N <= 3 ? 8 : 4) : (N == 1 ? 8 : 4);
 constexpr std::int64_t kBlock = 128;                       // rows of the list whose scores are held
 constexpr std::int64_t kSerial = 1 << 19;                  // products below which a team costs more than it saves
+
+template <int N>
+struct Number {
+  static constexpr int value = N;
+};
 
 template <class C>
 using Vector = typename Storage<C>::vector;
@@ -138,11 +146,12 @@ PYFACE_INLINE void dots(const C* xt, std::int64_t pitch, std::int64_t depth, con
     for (int v = 0; v < N; ++v) store(st + k * pitch + v * W, sums[k][v]);
 }
 
-template <class C, int N>
+template <class C, int N, int K = kTile<N>>
 void dots_of(const C* xt, std::int64_t pitch, std::int64_t depth, const C* const* rows, std::int64_t count, C* st) {
   std::int64_t k = 0;
-  for (; k + kKeys <= count; k += kKeys) dots<C, N, kKeys>(xt, pitch, depth, rows + k, st + k * pitch);
-  for (; k < count; ++k) dots<C, N, 1>(xt, pitch, depth, rows + k, st + k * pitch);
+  for (; k + K <= count; k += K) dots<C, N, K>(xt, pitch, depth, rows + k, st + k * pitch);
+  if constexpr (K > 1)
+    if (k < count) dots_of<C, N, K / 2>(xt, pitch, depth, rows + k, count - k, st + k * pitch);
 }
 
 // ot[e][lane] += sum over keys of st[key][lane] * rows[key][e]
@@ -165,11 +174,12 @@ PYFACE_INLINE void sum_rows(const C* st, std::int64_t pitch, const C* const* row
     for (int v = 0; v < N; ++v) store(ot + (e + c) * pitch + v * W, sums[c][v]);
 }
 
-template <class C, int N>
-void sum_rows_of(const C* st, std::int64_t pitch, const C* const* rows, std::int64_t count, std::int64_t width, C* ot) {
-  std::int64_t e = 0;
-  for (; e + kColumns <= width; e += kColumns) sum_rows<C, N, kColumns>(st, pitch, rows, count, e, ot);
-  for (; e < width; ++e) sum_rows<C, N, 1>(st, pitch, rows, count, e, ot);
+template <class C, int N, int E = kTile<N>>
+void sum_rows_of(const C* st, std::int64_t pitch, const C* const* rows, std::int64_t count, std::int64_t width, C* ot,
+                 std::int64_t e = 0) {
+  for (; e + E <= width; e += E) sum_rows<C, N, E>(st, pitch, rows, count, e, ot);
+  if constexpr (E > 1)
+    if (e < width) sum_rows_of<C, N, E / 2>(st, pitch, rows, count, width, ot, e);
 }
 
 template <class C>
@@ -369,16 +379,16 @@ template <class C>
 bool finite(const C* const* rows, std::int64_t count, std::int64_t columns) {
   typedef Vector<C> V;
   constexpr int W = Lanes<V>::count;
+  V sums[4] = {};  // NaN if a number is not finite
+  C rest = 0;
   for (std::int64_t i = 0; i < count; ++i) {
-    V sum{};
     std::int64_t e = 0;
-    for (; e + W <= columns; e += W) sum += load(rows[i] + e) * (C)0;  // NaN if one is not
-    C rest = 0;
+    for (; e + 4 * W <= columns; e += 4 * W)
+      for (int k = 0; k < 4; ++k) sums[k] += load(rows[i] + e + k * W) * (C)0;
+    for (; e + W <= columns; e += W) sums[0] += load(rows[i] + e) * (C)0;
     for (; e < columns; ++e) rest += rows[i][e] * (C)0;
-    for (int k = 0; k < W; ++k) rest += sum[k];
-    if (rest != 0) return false;
   }
-  return true;
+  return sum_lanes((sums[0] + sums[1]) + (sums[2] + sums[3])) + rest == 0;
 }
 
 // As any_sum_rows for rows [n0, n1) of the list, but a row reaches only the queries that see it, whatever it holds.
@@ -548,12 +558,13 @@ void collect(const AttentionCall& a, const Block& q, std::int64_t n0, std::int64
     return !a.causal || n < a.extras ? 0 : larger(0, n - a.extras - (a.keys - a.queries) - q.first);
   };
   std::int64_t n = n0;
-  if (!a.causal || finite(rows, q.count, columns))
-    for (; n + kKeys <= n1; n += kKeys)
-      scatter_keys<C, kKeys>(weights + (n - n0) * q.pitch, q.pitch, rows, first(n), q.count, columns, factor,
-                             grads + n * columns);
-  for (; n < n1; ++n)
-    scatter_keys<C, 1>(weights + (n - n0) * q.pitch, q.pitch, rows, first(n), q.count, columns, factor, grads + n * columns);
+  const auto some = [&](auto keys) {
+    constexpr int K = decltype(keys)::value;
+    for (; n + K <= n1; n += K)
+      scatter_keys<C, K>(weights + (n - n0) * q.pitch, q.pitch, rows, first(n), q.count, columns, factor, grads + n * columns);
+  };
+  if (!a.causal || finite(rows, q.count, columns)) some(Number<kVectorBytes == 64 ? 6 : 4>{}), some(Number<2>{});
+  some(Number<1>{});
 }
 
 template <class C, class T>
