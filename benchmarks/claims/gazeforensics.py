@@ -49,6 +49,7 @@ def teacher(arguments: argparse.Namespace) -> Path:
     config = Config.preset(
         "teacher", trunk=arguments.trunk, image_size=arguments.size, epochs=None, steps=arguments.teacher_steps,
         lr=4e-3, teacher_faces=arguments.faces, precision="bf16", validate_every=0, checkpoint_every=100, keep=1,
+        margin=Config.preset("tiny").margin, augment=False,
     )  # fmt: skip
     recipe = Recipe(config)
     network = Trainer(recipe, folder, resume=True, quiet=True).fit()
@@ -67,16 +68,14 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[tu
     )  # fmt: skip
     rows: list[dict[str, object]] = []
     kept: dict[tuple[str, str], list] = {}
-    for seed in arguments.seeds:
-        for training, families in TRAININGS.items():
-            if training not in arguments.trainings:
-                continue
+    for training in arguments.trainings:
+        for seed in arguments.seeds:
             for name, changes in NETWORKS.items():
                 folder = arguments.work / "-".join((training, name, str(seed))).replace(" ", "_")
-                config = settings(arguments, seed=seed, train_on=families, teacher=str(source), **changes)
+                config = settings(arguments, seed=seed, train_on=TRAININGS[training], teacher=str(source), **changes)
                 recipe = Recipe(config)
                 network = Trainer(recipe, folder, resume=True, quiet=True).fit()
-                scores = recipe._scores(network, videos)
+                scores = recipe.scores(network, videos)
                 kept.setdefault((training, name), []).append(scores)
                 for family, chosen in groups(videos).items():
                     found = measures([videos[i] for i in chosen], [scores[i] for i in chosen])
@@ -85,7 +84,7 @@ def run(arguments: argparse.Namespace) -> tuple[list[dict[str, object]], dict[tu
                     rows.append(about | {"family": family} | found | header)
                     print(f"{training:22}{name:32}{seed} {family:24} auc {found['auc']:.3f}", flush=True)
                 write(arguments.out, rows)
-    picture(arguments.out / "gazeforensics.png", videos, kept)
+        picture(arguments.out / "gazeforensics.png", videos, kept)
     return rows, kept
 
 
@@ -178,9 +177,9 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=20, help="couples to train on; each has six videos")
     parser.add_argument("--validation", type=int, default=6)
     parser.add_argument("--tests", type=int, default=24, help="couples to measure on")
-    parser.add_argument("--steps", type=int, default=200)
-    parser.add_argument("--faces", type=int, default=800, help="to train the gaze network on")
-    parser.add_argument("--teacher-steps", type=int, default=500)
+    parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--faces", type=int, default=4000, help="to train the gaze network on")
+    parser.add_argument("--teacher-steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--trainings", nargs="+", choices=list(TRAININGS), default=list(TRAININGS))
     arguments = parser.parse_args()

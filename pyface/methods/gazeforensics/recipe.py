@@ -28,7 +28,8 @@ from pyface.methods.gazeforensics.teacher import GazeFaces, GazeLabels, embeddin
 REFERENCE_BATCH = 32  # the learning rate is for this many clips, and scales with the batch
 OTHER_PEOPLE = 1_000_003  # added to the seed: the gaze network is measured on faces that it was not trained on
 VALIDATION_FACES = 256
-_TEACHER = {"stage": "teacher", "epochs": 25, "batch_size": 32, "lr": 1e-4, "schedule": "step", "warm": 0.2}
+_TEACHER = {"stage": "teacher", "epochs": 25, "batch_size": 32, "lr": 1e-4, "schedule": "step", "warm": 0.2,
+            "augment": True}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +50,8 @@ class Config(TrainConfig):
         "tiny": {
             "trunk": "test_resnet", "image_size": 64, "heads": 4, "head_width": 32, "init": "gaze", "frames": 28,
             "videos": 20, "validation": 8, "tests": 8, "share": 1.0, "epochs": 20, "batch_size": 8, "lr": 4e-3,
-            "schedule": "step", "teacher_faces": 1000, "teacher_steps": 400, "teacher_lr": 4e-3, "validate_every": 4,
-            "checkpoint_every": 0, "log_every": 20,
+            "schedule": "step", "margin": 0.9, "teacher_faces": 2000, "teacher_steps": 800, "teacher_lr": 4e-3,
+            "teacher_augment": False, "precision": "bf16", "validate_every": 4, "checkpoint_every": 0, "log_every": 20,
         },
     }  # fmt: skip
 
@@ -93,11 +94,15 @@ class Config(TrainConfig):
     teacher: str = setting("train", "gaze network: a run or file; train makes one on procedural faces first")
     teacher_faces: int = setting(20_000, "procedural faces to train a gaze network on")
     teacher_steps: int = setting(10_000, "steps of the gaze network that teacher=train makes")
-    teacher_lr: float = setting(1e-4, "and its peak learning rate")
+    teacher_lr: float = setting(1e-4, "its peak learning rate")
+    teacher_augment: bool = setting(True, "and whether its pictures change in crop, colours and size")
     cached: bool = setting(
         True, "embed all frames before training; false asks the teacher at every step (the same result)"
     )
-    augment: bool = setting(False, "random crops and colours for the student; the teacher sees plain pictures")
+    augment: bool = setting(
+        False,
+        "random crops and colours for the student while its teacher sees plain pictures; stage=teacher: and sizes",
+    )
     smooth: tuple[float, float] = setting((0.0, 0.0), "label smoothing: targets move by the first plus U[0, second)")
     schedule: Literal["epoch", "step"] = setting("epoch", "the one-cycle learning rate moves after each (as published)")
     warm: float = setting(0.3, "part of the run in which the learning rate rises")
@@ -211,7 +216,8 @@ class Recipe(engine.Recipe):
             changes = _TEACHER | {
                 "data": PROCEDURAL, "epochs": None, "steps": config.teacher_steps, "lr": config.teacher_lr,
                 "teacher_faces": config.teacher_faces, "trunk": config.trunk, "image_size": config.image_size,
-                "crop": config.crop, "seed": config.seed, "validate_every": 0, "checkpoint_every": 500,
+                "crop": config.crop, "margin": config.margin, "augment": config.teacher_augment,
+                "precision": config.precision, "seed": config.seed, "validate_every": 0, "checkpoint_every": 500,
             }  # fmt: skip
             recipe = Recipe(Config.preset("teacher", **changes))
             Trainer(recipe, own, resume=True, quiet=quiet).fit()
@@ -222,8 +228,8 @@ class Recipe(engine.Recipe):
         if config.data != PROCEDURAL:
             return GazeLabels(config.data, split, config.image_size)
         if split == "train":
-            return GazeFaces(config.teacher_faces, config.image_size, config.seed, folder, quiet)
-        return GazeFaces(VALIDATION_FACES, config.image_size, config.seed + OTHER_PEOPLE)
+            return GazeFaces(config.teacher_faces, config.image_size, config.seed, config.margin, folder, quiet)
+        return GazeFaces(VALIDATION_FACES, config.image_size, config.seed + OTHER_PEOPLE, config.margin)
 
     def data(self) -> Dataset:
         return self.gaze if self.is_teacher else self.clips
@@ -305,7 +311,8 @@ class Recipe(engine.Recipe):
         config = self.config
         images = batch["pixels"].float() / 255
         degrees = batch["degrees"].clone()
-        images = degraded(changed(images, 1, area=(0.7, 1.0), ratio=(0.8, 1.3), colours=0.25))
+        if config.augment:
+            images = degraded(changed(images, 1, area=(0.7, 1.0), ratio=(0.8, 1.3), colours=0.25))
         mirrored = torch.rand(len(images), device=images.device) < 0.5
         images = torch.where(mirrored[:, None, None, None], images.flip(-1), images)
         degrees[:, 1] = torch.where(mirrored, -degrees[:, 1], degrees[:, 1])
@@ -346,7 +353,7 @@ class Recipe(engine.Recipe):
             return [self._gaze_row(network, "val")]
         if self._validation is None:
             self._validation = self._videos(self.config.train_on, "val", self.config.validation, self._own_cache())
-        scores = self._scores(network, self._validation)
+        scores = self.scores(network, self._validation)
         row = measures(self._validation, scores)
         return [row | {"threshold": calibrated(self._validation, scores)}]
 
@@ -357,7 +364,7 @@ class Recipe(engine.Recipe):
         rows = []
         for part in parse_parts(self.config.test_on, self.config.data):
             videos = self._part(part, "test", self.config.tests, self._own_cache())
-            scores = self._scores(network, videos)
+            scores = self.scores(network, videos)
             names = part.families or families(part.data)
             for name in names:
                 chosen = [i for i, video in enumerate(videos) if not video.label or video.family == name]
@@ -389,7 +396,7 @@ class Recipe(engine.Recipe):
     def _own_cache(self) -> Path | None:
         return None if self.config.cache == "none" else Path(self.config.cache)
 
-    def _scores(self, network: nn.Module, videos: Sequence[FaceClip]) -> list[np.ndarray]:
+    def scores(self, network: nn.Module, videos: Sequence[FaceClip]) -> list[np.ndarray]:
         return [score_video(network, video.faces, self.config.image_size, self.config.crop)[1] for video in videos]
 
     @torch.no_grad()

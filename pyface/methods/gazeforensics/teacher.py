@@ -7,6 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from pyface.data.images import read_photo, replacing
 from pyface.errors import UserError
 from pyface.methods.gazeforensics.model import GazeNetwork, prepared
 
+BOX = 0.79
+"""Side of the detected box in sides of a procedural photo."""
 LIMITS = {"train": 180.0, "val": 90.0, "test": 90.0}
 """Largest |pitch| and |yaw| in degrees that are kept, as L2CS-Net does on Gaze360."""
 _COLUMNS = "face, left eye, right eye, name, 3-D gaze, 2-D gaze (pitch,yaw in radians)"
@@ -73,7 +76,7 @@ class GazeLabels(Dataset):
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         name, pitch, yaw = self.samples[index]
-        pixels = torch.from_numpy(read_photo(self.root / "Image" / name).pixels).permute(2, 0, 1)
+        pixels = torch.from_numpy(read_photo(self.root / "Image" / name).pixels.copy()).permute(2, 0, 1)
         if pixels.shape[1:] != (self.size, self.size):
             small = torch.nn.functional.interpolate(
                 pixels[None].float(), (self.size, self.size), mode="bilinear", antialias=True
@@ -83,12 +86,17 @@ class GazeLabels(Dataset):
 
 
 class GazeFaces(Dataset):
-    """Procedural faces with their gaze, rendered once into ``folder`` (or into memory); samples as above."""
+    """Procedural faces with their gaze, rendered once into ``folder`` (or into memory); samples as above.
 
-    def __init__(self, count: int, size: int, seed: int, folder: Path | None = None, quiet: bool = True) -> None:
+    ``margin`` is the side of the crop in sides of the face's box, as videos are cropped.
+    """
+
+    def __init__(
+        self, count: int, size: int, seed: int, margin: float, folder: Path | None = None, quiet: bool = True
+    ) -> None:
         files = [] if folder is None else [folder / "gaze-faces.npy", folder / "gaze-degrees.npy"]
         if not files or not all(file.exists() for file in files):
-            faces, degrees = _rendered(count, size, seed, quiet)
+            faces, degrees = _rendered(count, size, seed, margin, quiet)
             for file, values in zip(files, (faces, degrees)):
                 with replacing(file, overwrite=True) as temporary, open(temporary, "wb") as stream:
                     np.save(stream, values)
@@ -103,15 +111,18 @@ class GazeFaces(Dataset):
         return {"pixels": torch.from_numpy(self.faces[index].copy()), "degrees": torch.from_numpy(self.degrees[index])}
 
 
-def _rendered(count: int, size: int, seed: int, quiet: bool) -> tuple[np.ndarray, np.ndarray]:
+def _rendered(count: int, size: int, seed: int, margin: float, quiet: bool) -> tuple[np.ndarray, np.ndarray]:
     from rich.progress import track
 
-    from pyface.data.procedural import ProceduralFaces
+    from pyface.data.procedural import ProceduralFaces, render
 
-    people = ProceduralFaces(count, size, seed, identities=count, occluders=False)
+    world = ProceduralFaces(count, size, seed, identities=count, occluders=False)
     faces, degrees = np.empty((count, 3, size, size), np.uint8), np.empty((count, 2), np.float32)
     for start in track(range(0, count, 16), "rendering faces for the gaze network", disable=quiet):
-        for index, sample in enumerate(people.__getitems__(range(start, min(start + 16, count))), start):
+        people, views = zip(*[world.parameters(index) for index in range(start, min(start + 16, count))])
+        framings = [replace(view.framing, scale=view.framing.scale / (BOX * margin)) for view in views]
+        views = [replace(view, framing=framing) for view, framing in zip(views, framings)]
+        for index, sample in enumerate(render(people, views, size), start):
             faces[index] = (sample["image"] * 255).round().byte().numpy()
             degrees[index] = np.rad2deg(np.asarray(sample["gaze"]))
     return faces, degrees
