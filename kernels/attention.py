@@ -415,8 +415,8 @@ def _strides_of(bias: Tensor | None) -> tuple[int, int]:
     return (0, 0) if bias is None else bias.stride()
 
 
-def forward(sizes, tensors, strides, bias, lse, prior, grid_width, smooth, causal, scale, tf32) -> None:
-    """Writes the last of `tensors` (query, key, value, extra_key, extra_value, out) and `lse`.
+def forward(sizes, tensors, strides, bias, lse, prior, grid_width, smooth, causal, scale, tf32):
+    """Writes and returns the last of `tensors` (query, key, value, extra_key, extra_value, out) and `lse`.
 
     Args:
         sizes: B, H, L, S, R, E, Ev.
@@ -433,14 +433,15 @@ def forward(sizes, tensors, strides, bias, lse, prior, grid_width, smooth, causa
             *(n for one in strides for n in one), *_strides_of(bias),
             KEYS=s.of_keys, EXTRAS=s.of_extras, **s.constants,
         )  # fmt: skip
+    return out, lse
 
 
 def backward(
     sizes, tensors, strides, bias, lse, prior, grid_width, smooth, causal, scale, tf32, grad, grad_strides, grad_lse,
     delta, grads,
-) -> None:  # fmt: skip
+):  # fmt: skip
     """Writes those of `grads` (query, key, value, extra_key, extra_value, bias, prior) that are not None, all dense;
-    extra rows and bias for every sample."""
+    extra rows and bias for every sample. Returns them all."""
     *given, out = tensors
     query, key, value, extra_key, extra_value = _rounded(given, out.dtype)
     of_query, of_key, of_value, of_extra_key, of_extra_value, of_out = strides
@@ -471,6 +472,7 @@ def backward(
                     *_head_strides(s.heads, count, s.depth), *_head_strides(s.heads, count, s.width),
                     KEYS=tile, **s.constants,
                 )  # fmt: skip
+    return grads
 
 
 def _head_strides(heads: int, rows: int, columns: int) -> tuple[int, int, int]:
@@ -478,10 +480,11 @@ def _head_strides(heads: int, rows: int, columns: int) -> tuple[int, int, int]:
     return heads * rows * columns, rows * columns, columns
 
 
-def sum_samples(parts: Tensor, out: Tensor) -> None:
+def sum_samples(parts: Tensor, out: Tensor) -> Tensor:
     """out = parts summed over their first dimension, in its order."""
     with _on(parts), _stored(out) as (stored,):
         _sum_kernel[(triton.cdiv(out.numel(), 256),)](
             parts, stored, len(parts), math.prod(out.shape), BLOCK=256,
             REAL=tl.float64 if parts.dtype == torch.float64 else tl.float32, **_OPTIONS,
         )  # fmt: skip
+    return out

@@ -70,7 +70,7 @@ class _Attention:
         out = query.new_empty(*query.shape[:3], value.shape[3])
         lse = query.new_empty(query.shape[:3], dtype=wide(query.dtype))
         if lse.numel():
-            self.launch_forward(
+            out, lse = self.launch_forward(
                 self.call(
                     query, key, value, extra_key, extra_value, extra_bias, prior, is_causal, scale, grid_width, smooth,
                     out, lse,
@@ -100,7 +100,8 @@ class _Attention:
                 lse,
             )  # fmt: skip
             grad_lse = None if grad_lse is None else grad_lse.to(real).contiguous()
-            self.launch_backward(call, dense_rows(grad), grad_lse, torch.empty_like(call.lse), new)
+            grads = self.launch_backward(call, dense_rows(grad), grad_lse, torch.empty_like(call.lse), new)
+            new = dict(zip(NAMES, grads, strict=True))
         else:
             new = {name: None if t is None else t.zero_() for name, t in new.items()}
         for name in ("extra_key", "extra_value"):
@@ -127,17 +128,14 @@ class Triton(_Attention):
     """The kernels of `pyface.kernels.attention`."""
 
     def launch_forward(self, call):
-        self.module.forward(*self.arguments(call))
+        return self.module.forward(*self.arguments(call))
 
     def launch_backward(self, call, grad, grad_lse, delta, new):
-        grads = tuple(new[name] for name in NAMES)
-        self.module.backward(*self.arguments(call), grad, strides(grad), grad_lse, delta, grads)
+        return self.module.backward(*self.arguments(call), grad, strides(grad), grad_lse, delta, tuple(new.values()))
 
     def sum(self, parts, dtype):
         out = parts.new_empty(parts.shape[1:], dtype=dtype)
-        if out.numel():
-            self.module.sum_samples(parts, out)
-        return out
+        return self.module.sum_samples(parts, out) if out.numel() else out
 
     def arguments(self, call):
         return (
@@ -160,6 +158,7 @@ class Cuda(_Attention):
 
     def launch_forward(self, call):
         self.module.attention_forward(*self.arguments(call), *self.where(call.query))
+        return call.out, call.lse
 
     def launch_backward(self, call, grad, grad_lse, delta, new):
         self.module.attention_backward(
@@ -167,6 +166,7 @@ class Cuda(_Attention):
             tuple(self.rows(new[name]) for name in NAMES[:3]), tuple(self.pointer(new[name]) for name in NAMES[3:]),
             *self.where(call.query),
         )  # fmt: skip
+        return tuple(new.values())
 
     def sum(self, parts, dtype):
         out = parts.new_empty(parts.shape[1:], dtype=dtype)

@@ -74,17 +74,6 @@ def core(program):
     return Emulated(Module(program))
 
 
-def both(core, case, t, needs=None, with_lse=True):
-    """Results and gradients, checked on the way."""
-    out, lse = forward(core, case, t)
-    check_forward(case, t, out, lse)
-    grad_out = torch.randn_like(out)
-    grad_lse = torch.randn_like(lse) if with_lse else None
-    found = backward(core, case, t, grad_out, grad_lse, out, lse, needs)
-    check_backward(case, t, grad_out, grad_lse, found, needs)
-    return out, lse, *found
-
-
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(core, name):
     both(core, CASES[name], tensors(CASES[name]))
@@ -156,91 +145,22 @@ def test_only_the_gradient_asked_for(core, which):
 
 
 def test_frozen_model_reads_no_key(core):
-    """Rows-only backward costs O(L R): with NaN keys and the statistics of clean ones the gradients stay clean."""
-    case = Case(40, 50, 2, causal=True)
-    t = tensors(case)
-    out, lse = forward(core, case, t)
-    grad_out = torch.randn_like(out)
-    needs = (False, False, False, True, True, True, False)
-    expected = backward(core, case, t, grad_out, None, out, lse, needs)
-    spoiled = {**t, "key": torch.full_like(t["key"], torch.nan), "value": torch.full_like(t["value"], torch.nan)}
-    found = backward(core, case, spoiled, grad_out, None, out, lse, needs)
-    for a, b in zip(found, expected, strict=True):
-        assert a is b is None or torch.equal(a, b)
-    check_backward(case, t, grad_out, None, expected, needs)
+    frozen_model(core)
 
 
 @pytest.mark.parametrize("types", [TYPES[0], TYPES[2]], ids=["float32", "bfloat16"])
 def test_what_is_not_a_number_reaches_only_rows_that_see_it(core, types):
-    case = Case(40, 43, 1, depth=16, causal=True)
-    t = tensors(case, types)
-    clean, clean_lse = forward(core, case, t)
-    t["key"][0, 0, 30] = torch.nan
-    t["value"][0, 0, 20] = torch.nan
-    t["value"][0, 0, 34, 3] = torch.inf
-    out, lse = forward(core, case, t)
-    assert torch.equal(out[:, :, :17], clean[:, :, :17])  # query i sees key i + 3
-    assert torch.equal(lse[:, :, :27], clean_lse[:, :, :27])
-    assert out[:, :, 17:].isnan().all()
-    assert lse[:, :, 27:].isnan().all()
-    grad = torch.randn_like(out)
-    t = tensors(case, types)
-    found = backward(core, case, t, grad, None, clean, clean_lse)
-    spoiled = grad.clone()
-    spoiled[0, 0, 12] = torch.nan  # seen by keys up to 15 and by the extra row
-    again = backward(core, case, t, spoiled, None, clean, clean_lse)
-    for a, b, name in zip(again[:3], found[:3], ("query", "key", "value"), strict=True):
-        rest = slice(13, None) if name == "query" else slice(16, None)
-        assert torch.equal(a[:, :, rest], b[:, :, rest]), name
-    assert again[0][0, 0, 12].isnan().all()
-    assert again[2][0, 0, :16].isnan().all()
-    assert again[3].isnan().all()
+    not_a_number(core, types)
 
 
 def test_rows_switched_off_and_huge_scores(core):
-    case = Case(9, 12, 2, causal=True)
-    t = tensors(case)
-    t["extra_bias"][:] = -torch.inf
-    out, lse, *grads = both(core, case, t)
-    without = Case(9, 12, 0, causal=True, biased=False)
-    plain = {**t, "extra_key": t["extra_key"][:, :, :0], "extra_value": t["extra_value"][:, :, :0], "extra_bias": None}
-    for found, expected in zip((out, lse), forward(core, without, plain), strict=True):
-        check("with rows switched off", found, expected.double(), F32)
-    assert not any(g.any() for g in grads[3:6])
-    t = tensors(case)
-    t["query"] = t["query"] * 1e4
-    both(core, case, t, (False, False, True, False, True, False, False))
-    t["query"][0, 0, 3] = torch.inf
-    assert forward(core, case, t)[1][0, 0, 3].isnan()
+    switched_off(core)
 
 
 @pytest.mark.parametrize("types", [TYPES[0], TYPES[4]], ids=["float32", "bfloat16 with float32"])
 def test_views_and_odd_addresses_are_taken(core, types):
     """16 bytes are moved at a time where address and strides allow it: the emulation stops a misaligned access."""
-    case = Case(18, 21, 2, depth=16, batch=2, heads=2, causal=True)
-    t = tensors(case, types)
-    expected = forward(core, case, t)
-    packed = torch.zeros(2, 21, 2, 35, dtype=types[0])
-    packed[..., 1:17], packed[..., 17:33] = t["key"].transpose(1, 2), t["value"].transpose(1, 2)
-    views = {
-        **t,
-        "query": t["query"].transpose(2, 3).contiguous().transpose(2, 3),
-        "key": packed[..., 1:17].transpose(1, 2),
-        "value": packed[..., 17:33].transpose(1, 2),
-        "extra_key": t["extra_key"].expand(2, 2, 2, 16),
-        "extra_value": t["extra_value"].expand(2, 2, 2, 16),
-        "extra_bias": t["extra_bias"].t().contiguous().t(),
-    }
-    found = forward(core, case, views)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    grad = torch.randn(2, 18, 2, 16).to(types[0]).transpose(1, 2)
-    ours = backward(core, case, views, grad, None, *found)
-    theirs = backward(core, case, t, grad, None, *expected)
-    for name, a, b in zip(NAMES, ours, theirs, strict=True):
-        if name in ("extra_key", "extra_value"):
-            check(name, a.sum(0, keepdim=True), b.double(), F32, 4.0)
-        elif a is not None:
-            assert torch.equal(a, b), name
+    views(core, types)
 
 
 def test_one_launch_forward_and_one_backward(core):
