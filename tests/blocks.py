@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from torch import Tensor
 
@@ -56,7 +58,15 @@ class Brightness:
             [part[:, 1, 12:20, 12:20].mean((1, 2)).double().numpy() for part in faces.split(self.batch)]
         )
         fake = fake.clip(0.01, 0.99)
-        logit = np.log(fake / (1 - fake)).mean()
+        logits = np.log(fake / (1 - fake))
         attention = np.stack([np.eye(4, dtype=np.float32)] * len(faces)) if maps else None
         gaze = np.stack([np.array((0.5, -0.2), np.float32)] * len(faces)) if maps else None
-        return FaceScores(fake, float(1 / (1 + np.exp(-logit))), attention, gaze)
+        return FaceScores(fake, float(1 / (1 + np.exp(-logits.mean()))), attention, gaze, list(logits))
+
+
+class Combining(Brightness):
+    """The same, part by part."""
+
+    def combine(self, parts: Sequence[FaceScores]) -> float:
+        logits = [value for part in parts for value in part.state]
+        return float(1 / (1 + np.exp(-np.mean(logits))))

@@ -88,8 +88,11 @@ class FaceCrop:
                 temporary.write_text(json.dumps({"detector": self._detector_name(), "frames": frames}))
         return {index: known[index] for index in wanted}
 
-    def follow(self, footage: Footage, key: str | None = None) -> FaceFootage:
+    def follow(self, footage: Footage, key: str | None = None, indices: Iterable[int] | None = None) -> FaceFootage:
         """The face of a video, as a video of its own; frames with no face are left out.
+
+        ``indices`` are the positions of the frames to look at, by default all. A square is averaged with those of
+        neighbouring frames only, so frames far apart are cut out by their own boxes.
 
         Where there are several faces, the one is kept that overlaps most with the mean box of the video. Squares are
         averaged over the two frames before and after, as far as they overlap by half (intersection over union), so a
@@ -98,10 +101,11 @@ class FaceCrop:
         Raises:
             UserError: no face in any frame.
         """
-        squares = self._steady(self.faces(footage, range(len(footage)), key))
+        looked = range(len(footage)) if indices is None else sorted(set(indices))
+        squares = self._steady(self.faces(footage, looked, key))
         if not squares:
             raise UserError(
-                f"no face was found in any of the {len(footage)} frames of {footage.name}; "
+                f"no face was found in any of the {len(looked)} frames of {footage.name}; "
                 f"give another detector, or boxes of your own in the cache folder"
             )
         return FaceFootage(footage, squares, self.size)

@@ -56,7 +56,7 @@ class Follow:
 
     crop: FaceCrop = field(default_factory=FaceCrop)
     stride: int = 5
-    search: int = 25
+    search: int = 50
     longest: int | None = 640
     patience: int = 25
     most: int = 8

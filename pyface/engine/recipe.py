@@ -99,6 +99,14 @@ class Recipe(ABC):
         """Rows of a table measured on validation data; ``network`` is :meth:`result` in evaluation mode."""
         return []
 
+    def about(self, rows: list[Row]) -> dict[str, str]:
+        """What the file of weights says of itself beside method and step, such as how to build its network.
+
+        Args:
+            rows: the validation table of these weights; a threshold may come from there.
+        """
+        return {}
+
     def evaluate(self, network: nn.Module) -> list[Row]:
         """The table of ``pyface evaluate``, measured on test data; the validation table where there is no other.
 

@@ -78,6 +78,7 @@ class Trainer:
         self.run = run = Run(self.recipe)
         loaded = load_checkpoint(self.folder, run) if self.resume else None
         self.best: dict[str, float] = loaded[0]["best"] if loaded else {}
+        self._rows: list[Row] | None = None
         for problem in loaded[1] if loaded and self.leads else ():
             warnings.warn(f"{problem}; going on from step {run.step}", stacklevel=2)
         yield from self._loop(run)
@@ -170,7 +171,7 @@ class Trainer:
     def _validate(self, run: Run, log: _Log | None) -> None:
         """Measure the averaged weights in every process, and keep them where they are the best so far."""
         with run.evaluation() as network:
-            rows = run.agree(self.recipe.validate(network))
+            self._rows = rows = run.agree(self.recipe.validate(network))
             means = _means(rows)
             if log is not None:
                 log.validation(rows, means, run)
@@ -181,14 +182,16 @@ class Trainer:
                 if column not in self.best or sign * means[column] > sign * self.best[column]:
                     self.best[column] = means[column]
                     if self.leads:
-                        about = self._about(run) | {column: f"{means[column]:.6g}"}
+                        about = self._about(run, rows) | {column: f"{means[column]:.6g}"}
                         save_weights(network, self._best_path(column), about, self.recipe.stores)
 
     def _write_result(self, run: Run) -> None:
         first = next(iter(self.recipe.best), None)
         if first is None:
             with run.evaluation() as network:
-                save_weights(network, self.weights, self._about(run), self.recipe.stores)
+                # A run that had ended before was not validated in this sitting.
+                rows = self.recipe.validate(network) if self._rows is None else self._rows
+                save_weights(network, self.weights, self._about(run, rows), self.recipe.stores)
         else:
             with replacing(self.weights, overwrite=True) as temporary:
                 shutil.copyfile(self._best_path(first), temporary)
@@ -196,8 +199,8 @@ class Trainer:
     def _best_path(self, column: str) -> Path:
         return self.folder / f"best-{column}.safetensors"
 
-    def _about(self, run: Run) -> dict[str, str]:
-        return {"method": self.config.method, "step": str(run.step)}
+    def _about(self, run: Run, rows: list[Row]) -> dict[str, str]:
+        return {"method": self.config.method, "step": str(run.step)} | self.recipe.about(rows)
 
 
 class _Log:

@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 
 import numpy as np
 import pytest
-from blocks import Brightness, find, frame
+from blocks import Brightness, Combining, find, frame
 from PIL import Image
 
 from pyface.data.crop import FaceCrop
@@ -100,6 +100,18 @@ def test_a_long_video_is_scored_in_stretches(folder, monkeypatch):
         np.testing.assert_array_equal(one.scores.fake, other.scores.fake)
         assert other.scores.video == pytest.approx(one.scores.video, abs=0.01)  # mean over stretches, not of logits
         assert max(e.score for e in other.evidence) == max(one.scores.fake)
+
+
+def test_a_method_that_combines_is_given_parts_and_scores_the_same(folder, monkeypatch):
+    whole = scan(FrameFolder(folder), Brightness(), follow=FOLLOW)
+    monkeypatch.setattr(scanning, "PART", 7)
+    monkeypatch.setattr(scanning, "PART_REST", 3)
+    method = Combining()
+    found = scan(FrameFolder(folder), method, follow=FOLLOW)
+    assert sorted(method.asked) == [3, 4, 7, 7, 7, 7, 7, 7, 7]
+    for one, other in zip(whole.faces, found.faces, strict=True):
+        np.testing.assert_array_equal(one.scores.fake, other.scores.fake)
+        assert other.scores.video == pytest.approx(one.scores.video, abs=1e-12)
 
 
 def test_evidence_is_the_highest_and_apart(folder):

@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from pyface.data.crop import FaceCrop
 from pyface.data.sets.base import tally
 from pyface.data.sets.folders import EmptySplit, natural, to_tensor
-from pyface.data.sets.synthesis import Progress, deal
+from pyface.data.sets.synthesis import Progress, deal, share
 from pyface.data.video import VIDEO_SUFFIXES, Footage, open_video, write_video
 from pyface.errors import UserError
 
@@ -331,38 +331,61 @@ def couple(seed: int, pair: int) -> tuple[int, int]:
 # The head fills about half of a video's height, as in the talking-head videos of the real data sets.
 FRAMING = 0.85
 MASK_CRF = 10
+_SHOWN = {"images": "image", "gaze": "gaze"}
 
 
-def film(take: Take, *, seed: int, frames: int, image_size: int, framing: float = FRAMING) -> dict[str, torch.Tensor]:
-    """``images`` and, of a forgery, ``masks``: Tensor[T, 3, H, W] float32 in [0, 1]. Depends on the arguments alone."""
+def film(
+    take: Take, *, seed: int, frames: int, image_size: int, framing: float = FRAMING, step: int = 1
+) -> dict[str, torch.Tensor]:
+    """What a take shows; depends on the arguments alone.
+
+    Args:
+        take: who, and how it is forged.
+        seed: of the procedural world.
+        frames: T.
+        image_size: side in pixels.
+        framing: size of the head, relative to a loose face crop.
+        step: every so manyth frame of the clip, which has 25 per second.
+
+    Returns:
+        ``images``, Tensor[T, 3, H, W] float32 in [0, 1]; ``gaze``, Tensor[T, 2] radians (pitch, yaw) of the eyes in
+        them; of a forgery ``masks`` like ``images``.
+    """
     from pyface.data.forgery import forge
     from pyface.data.procedural import draw_clip, draw_person, render
 
     person = draw_person(seed, take.person)
     views = [
         replace(view, framing=replace(view.framing, scale=view.framing.scale * framing))
-        for view in draw_clip(seed, take.clip, frames)
+        for view in draw_clip(seed, take.clip, frames * step)[::step]
     ]
     if take.method is None:
-        return {"images": torch.stack([sample["image"] for sample in render([person] * frames, views, image_size)])}
+        samples = render([person] * frames, views, image_size)
+        return {name: torch.stack([torch.as_tensor(s[key]) for s in samples]) for name, key in _SHOWN.items()}
     source = draw_person(seed, take.source)
     # Every video is forged with its own random numbers, whatever the method.
     forged = forge(take.method, person, views, source, seed=(seed << 20) + take.clip, image_size=image_size)
-    return {"images": forged.images, "masks": forged.masks.float().expand(-1, 3, -1, -1)}
+    masks = forged.masks.float().expand(-1, 3, -1, -1)
+    return {"images": forged.images, "gaze": forged.gaze, "masks": masks}
 
 
 def write_takes(
-    out: Path, takes: Sequence[Take], *, seed: int, frames: int, image_size: int, progress: Progress
+    out: Path, takes: Sequence[Take], *, seed: int, frames: int, image_size: int, progress: Progress, workers: int = 1
 ) -> None:
     """Write the videos that are still missing; files appear whole or not at all, so the existing ones are kept."""
-    progress.start(sum(len(take.files) for take in takes))
-    for take in takes:
-        missing = [file for file in take.files if not (out / file).exists()]
-        progress.advance(len(take.files) - len(missing))
-        if not missing:
-            continue
-        shown = film(take, seed=seed, frames=frames, image_size=image_size)
-        for file in missing:
-            what, crf = take.files[file]
-            write_video(out / file, shown[what], crf=crf)
-            progress.advance()
+    total = sum(len(take.files) for take in takes)
+    progress.start(total)
+    missing = [
+        replace(take, files={file: how for file, how in take.files.items() if not (out / file).exists()})
+        for take in takes
+    ]
+    progress.advance(total - sum(len(take.files) for take in missing))
+    work = partial(_write_take, out, seed=seed, frames=frames, image_size=image_size)
+    share(work, [take for take in missing if take.files], progress, workers)
+
+
+def _write_take(out: Path, take: Take, **settings: int) -> int:
+    shown = film(take, **settings)
+    for file, (what, crf) in take.files.items():
+        write_video(out / file, shown[what], crf=crf)
+    return len(take.files)

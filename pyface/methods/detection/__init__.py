@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -26,16 +26,22 @@ class FaceScores:
         attention: ndarray[T, h, w] float32 in [0, 1], where the network looked, or None if not asked for.
         gaze: ndarray[T, 2] float32, yaw and pitch in radians (to the viewer's right and up), or None if the method has
             no estimate of it or it was not asked for.
+        state: what :meth:`Detector.combine` needs of these frames, if the method has it.
     """
 
     fake: np.ndarray
     video: float
     attention: np.ndarray | None = None
     gaze: np.ndarray | None = None
+    state: Any = None
 
 
 class Detector(Protocol):
     """A network with its weights, ready to score.
+
+    A method that scores every frame by itself may have a further method, ``combine(parts: Sequence[FaceScores]) ->
+    float``: the ``video`` score of all the frames that `score` was given part by part. Then a video is scored while it
+    is still being read. Without it, all frames of a face are given at once, or long stretches of a long video.
 
     Attributes:
         method: the method's name.

@@ -22,6 +22,8 @@ from pyface.methods.detection import Detector, FaceScores
 # Frames of one face that are scored together. A longer video is scored in stretches, so that memory is bounded; the
 # videos of the usual data sets are shorter. The last stretch has at least REST frames, enough for every method.
 STRETCH, REST = 512, 64
+# The same for methods that can combine parts: small ones, so that scoring begins early.
+PART, PART_REST = 48, 16
 # What is seen in less of a video, or in less than half of a shorter one, is most likely no face: in frames of the
 # video, and in frames examined.
 GLIMPSE, FEW = 15, 3
@@ -188,7 +190,7 @@ def scan(
 
     A thread decodes, a second one searches, follows and cuts out faces, this one scores. At most STRETCH + REST crops
     of each face that is in the picture are held, and as many of one that is being scored. The score of a face with
-    more frames is the mean over its stretches, weighted by their scored frames.
+    more frames is the mean over its stretches, weighted by their scored frames, or what the method makes of them.
 
     Args:
         footage: the video.
@@ -210,10 +212,11 @@ def scan(
     step = max(1, round((places[-1] - places[0]) / max(1, len(places) - 1)))
     follow = fitted(follow or Follow(), detector, step)
     least = min(max(FEW, GLIMPSE // step), (len(places) + 1) // 2)
-    reader = _Reader(footage, places, follow, least, progress)
+    stretch = (PART, PART_REST) if hasattr(detector, "combine") else (STRETCH, REST)
+    reader = _Reader(footage, places, follow, least, stretch, progress)
     faces: dict[int, _Scored] = {}
-    for stretch in ahead(reader.stretches(), 1):
-        faces.setdefault(stretch.number, _Scored(stretch.number, evidence)).add(stretch, detector, maps)
+    for part in ahead(reader.stretches(), 1):
+        faces.setdefault(part.number, _Scored(part.number, detector, maps, evidence)).add(part)
     if not faces:
         frames = f" ({len(places)} frames were examined)" if len(places) > 1 else ""
         brief = f"; {len(reader.glimpses)} detections were too brief to be taken for one" if reader.glimpses else ""
@@ -252,9 +255,17 @@ class _Reader:
     """Decodes, follows, cuts, and gives faces in stretches."""
 
     def __init__(
-        self, footage: Footage, places: Sequence[int], follow: Follow, least: int, progress: Callable[[int], None]
+        self,
+        footage: Footage,
+        places: Sequence[int],
+        follow: Follow,
+        least: int,
+        stretch: tuple[int, int],
+        progress: Callable[[int], None],
     ) -> None:
-        self.footage, self.places, self.follow, self.least, self.progress = footage, places, follow, least, progress
+        self.footage, self.places, self.follow, self.progress = footage, places, follow, progress
+        self.least = least
+        self.stretch, self.rest = stretch
         self.without: list[int] = []
         self.glimpses: list[int] = []
 
@@ -271,9 +282,9 @@ class _Reader:
                 own.places.append(place)
                 own.faces.append(face)
                 last[number] = count
-                if len(own) >= STRETCH + REST:
+                if len(own) >= self.stretch + self.rest:
                     begun.add(number)
-                    yield own.cut_off(STRETCH)
+                    yield own.cut_off(self.stretch)
             for number in [number for number in held if count - last[number] > gone]:
                 yield from self._finished(held.pop(number), number in begun)
             self.progress(1)
@@ -295,22 +306,22 @@ class _Reader:
 class _Scored:
     """What is known of a face so far."""
 
-    def __init__(self, number: int, evidence: int) -> None:
-        self.number, self.most = number, evidence
+    def __init__(self, number: int, detector: Detector, maps: bool, evidence: int) -> None:
+        self.number, self.detector, self.maps, self.most = number, detector, maps, evidence
         self.places: list[int] = []
         self.squares: list[tuple[int, int, int]] = []
         self.fake: list[np.ndarray] = []
         self.gaze: list[np.ndarray] = []
-        self.parts: list[tuple[float, int]] = []
+        self.parts: list[FaceScores] = []
         self.evidence: list[Evidence] = []
         self.problem = ""
 
-    def add(self, stretch: _Stretch, detector: Detector, maps: bool) -> None:
+    def add(self, stretch: _Stretch) -> None:
         count = len(stretch)
         crops = torch.from_numpy(np.stack([face.crop for face in stretch.faces]))
         faces = crops.permute(0, 3, 1, 2).contiguous().float().div_(255)
         try:
-            scores = detector.score(faces, maps=maps)
+            scores = self.detector.score(faces, maps=self.maps)
         except UserError as error:
             self.problem = str(error)
             scores = FaceScores(np.full(count, np.nan), float("nan"))
@@ -318,9 +329,8 @@ class _Scored:
         self.squares += [face.square for face in stretch.faces]
         self.fake.append(scores.fake)
         self.gaze.append(np.full((count, 2), np.nan, np.float32) if scores.gaze is None else scores.gaze)
-        known = int(np.isfinite(scores.fake).sum())
-        if known and not np.isnan(scores.video):
-            self.parts.append((float(scores.video), known))
+        if not np.isnan(scores.video):
+            self.parts.append(replace(scores, attention=None))
         shown = [
             Evidence(
                 stretch.places[i],
@@ -337,12 +347,17 @@ class _Scored:
         self.evidence = [both[i] for i in chosen]
 
     def result(self) -> FaceResult:
-        total = sum(known for _, known in self.parts)
-        video = sum(score * known for score, known in self.parts) / total if total else float("nan")
+        video = self._whole() if self.parts else float("nan")
         gaze = np.concatenate(self.gaze)
         scores = FaceScores(np.concatenate(self.fake), video, None, None if np.isnan(gaze).all() else gaze)
         squares = np.array(self.squares, int)
         return FaceResult(self.number, np.array(self.places), squares, scores, self.evidence, self.problem)
+
+    def _whole(self) -> float:
+        if hasattr(self.detector, "combine"):
+            return float(self.detector.combine(self.parts))
+        known = [int(np.isfinite(part.fake).sum()) for part in self.parts]
+        return float(np.average([part.video for part in self.parts], weights=known))
 
 
 def _apart(scores: np.ndarray, places: Sequence[int], most: int) -> list[int]:
