@@ -18,8 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Tiles chosen on paper; written without a GPU, so not tuned on one. First to try there: num_stages 3 for long sequences,
-# 128 queries with 8 warps from 512 queries on, one launch for the three kinds of gradients.
+# Tiles chosen on paper; written without a GPU, so not tuned on one. First to try there: num_stages 3 for long
+# sequences, 128 queries with 8 warps from 512 queries on, one launch for the three kinds of gradients.
 _OPTIONS = {"enable_fp_fusion": True}
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on")
@@ -169,8 +169,9 @@ def _forward_kernel(
     nothing = total == 0
     sums = tl.where(nothing[:, None], 0.0, sums / total[:, None])
     _store(out + b * out_b + h * out_h, first, queries, out_r, width, sums, QUERIES, WIDTH)
-    result = tl.where(top == -float("inf"), tl.where(nothing, top, total), top + tl.log(total))
-    tl.store(lse + head * queries + i, result, i < queries)
+    if lse is not None:
+        result = tl.where(top == -float("inf"), tl.where(nothing, top, total), top + tl.log(total))
+        tl.store(lse + head * queries + i, result, i < queries)
 
 
 # ---- backward --------------------------------------------------------------------------------------------------------
@@ -422,7 +423,7 @@ def forward(sizes, tensors, strides, bias, lse, prior, grid_width, smooth, causa
         sizes: B, H, L, S, R, E, Ev.
         strides: for each tensor those of samples, heads and rows; 0 shares.
         bias: [H, R] or None.
-        lse: dense [B, H, L].
+        lse: dense [B, H, L], or None.
         prior: dense [B, H, L, 4] or None.
     """
     *given, out = tensors

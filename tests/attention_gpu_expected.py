@@ -116,7 +116,8 @@ def model(case: Case, t: dict):
     every = torch.cat([rows, scores], -1).masked_fill(~seen, -math.inf)
     some = seen.any(-1)
     if not every.shape[-1]:
-        return t["query"].new_zeros(*every.shape[:-1], t["value"].shape[-1]), every.new_full(every.shape[:-1], -math.inf)
+        none = every.new_zeros(*every.shape[:-1], t["value"].shape[-1])
+        return none, every.new_full(every.shape[:-1], -math.inf)
     lse = torch.where(some, every.logsumexp(-1), -math.inf)
     p = torch.exp(every - torch.where(some & (lse > -math.inf), lse, 0.0)[..., None])
     p = p.masked_fill(~seen, 0.0)
@@ -131,9 +132,7 @@ def exact(t: dict, leaves: bool = False) -> dict:
         x = x.to(t["query"].dtype) if name in ("extra_key", "extra_value") else x
         return x.double().requires_grad_(leaves)
 
-    return {
-        name: None if v is None else one(name, v) for name, v in t.items()
-    }
+    return {name: None if v is None else one(name, v) for name, v in t.items()}
 
 
 TOLERANCE = {F32: 2e-6, F64: 1e-13, BF16: 1.6e-2, F16: 2e-3}
@@ -184,9 +183,7 @@ def check_backward(case, t, grad_out, grad_lse, found, needs=None, loose=1.0):
     wanted = [n for n, need in zip(NAMES, needs, strict=True) if need]
     inputs = [leaves[n] for n in wanted]
     given = torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else [None] * len(inputs)
-    expected = {
-        n: torch.zeros_like(x) if g is None else g for n, x, g in zip(wanted, inputs, given, strict=True)
-    }
+    expected = {n: torch.zeros_like(x) if g is None else g for n, x, g in zip(wanted, inputs, given, strict=True)}
     for name, g, need in zip(NAMES, found, needs, strict=True):
         assert (g is not None) == need, f"{name}: wanted {need}"
         if g is None:

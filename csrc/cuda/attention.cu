@@ -510,14 +510,14 @@ __global__ void __launch_bounds__(kForwardWarps<T, D> * kWarp) forward_kernel(At
       const std::int64_t columns = call.width - piece * D;
       add_product<T, Tf32Allowed, D, N>(scores, values, sight, at, strange, columns < D ? int(columns) : D, sums);
     }
-    R* lse = static_cast<R*>(call.lse) + head * call.queries;
     R factor[2];
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
       total[i] = row_sum(total[i]);
       factor[i] = total[i] == R(0) ? R(0) : 1 / total[i];
-      if (piece == 0 && in_group() == 0 && row + 8 * i < call.queries) {
-        lse[row + 8 * i] = total[i] == R(0) ? -infinity<R>() : top[i] == -infinity<R>() ? total[i] : top[i] + logarithm(total[i]);
+      if (call.lse && piece == 0 && in_group() == 0 && row + 8 * i < call.queries) {
+        const R lse = top[i] == -infinity<R>() ? total[i] : top[i] + logarithm(total[i]);
+        static_cast<R*>(call.lse)[head * call.queries + row + 8 * i] = total[i] == R(0) ? -infinity<R>() : lse;
       }
     }
     T* out = static_cast<T*>(call.out.data) + b * call.out.strides[0] + h * call.out.strides[1];

@@ -27,7 +27,8 @@ struct AttentionCall {
   AttentionTensor out;                                        // written by forward, read by backward
   const void* bias;                // Real [heads, extras] with any strides, or null: 0
   std::int64_t bias_strides[2];
-  void* lse;                       // Real, dense [batch, heads, queries]: log of the sum of exponentials, as `out`
+  void* lse;                       // Real, dense [batch, heads, queries]: log of the sum of exponentials, as `out`;
+                                   // forward: or null
   const void* prior;               // Real, dense [batch, heads, queries, 4]: centre x, y and sharpness x, y; or null
   std::int64_t grid_width;         // key j stands at (j % grid_width, j / grid_width)
   double smooth;                   // g = -(sharpness_x (centre_x - x)^2 + sharpness_y (centre_y - y)^2) / smooth

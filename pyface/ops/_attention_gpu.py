@@ -26,6 +26,14 @@ def strides(t: Tensor) -> tuple[int, int, int]:
     return 0 if len(t) == 1 else t.stride(0), t.stride(1), t.stride(2)
 
 
+def empty(query: Tensor, value: Tensor) -> Tensor:
+    """Room for the result, in memory as [B, L, H, Ev] where query is so: what models flatten next."""
+    batch, heads, length, _ = query.shape
+    if not query.is_contiguous() and query.transpose(1, 2).is_contiguous():
+        return query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
+    return query.new_empty(batch, heads, length, value.shape[3])
+
+
 class Call(NamedTuple):
     """Arguments in layouts that the kernels take; holds the copies while they are queued."""
 
@@ -41,7 +49,7 @@ class Call(NamedTuple):
     grid_width: int
     smooth: float
     out: Tensor
-    lse: Tensor
+    lse: Tensor | None
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -65,18 +73,19 @@ class _Attention:
         self.module = module
 
     def forward(
-        self, query, key, value, extra_key, extra_value, extra_bias, prior, is_causal, scale, grid_width, smooth, wants_lse
+        self, query, key, value, extra_key, extra_value, extra_bias, prior, is_causal, scale, grid_width, smooth,
+        wants_lse,
     ):  # fmt: skip
-        out = query.new_empty(*query.shape[:3], value.shape[3])
-        lse = query.new_empty(query.shape[:3], dtype=wide(query.dtype))
-        if lse.numel():
+        out = empty(query, value)
+        lse = query.new_empty(query.shape[:3], dtype=wide(query.dtype)) if wants_lse else None
+        if out.numel():
             out, lse = self.launch_forward(
                 self.call(
                     query, key, value, extra_key, extra_value, extra_bias, prior, is_causal, scale, grid_width, smooth,
                     out, lse,
                 )
             )  # fmt: skip
-        return out, lse if wants_lse else None
+        return out, lse
 
     def backward(
         self, grad, grad_lse, query, key, value, extra_key, extra_value, extra_bias, prior, out, lse, is_causal, scale,
@@ -120,7 +129,15 @@ class _Attention:
         prior = None if prior is None else prior.contiguous()
         rows = (dense_rows(t) for t in (query, key, value, extra_key, extra_value))
         return Call(
-            *rows, bias, prior, is_causal, float(scale), grid_width, float(smooth), dense_rows(out), lse.contiguous()
+            *rows,
+            bias,
+            prior,
+            is_causal,
+            float(scale),
+            grid_width,
+            float(smooth),
+            dense_rows(out),
+            None if lse is None else lse.contiguous(),
         )
 
 

@@ -6,7 +6,6 @@ Tensor cores are emulated by the register layouts of PTX (tests/cuda_emulation/i
 import pytest
 import torch
 from attention_gpu_expected import (
-    BF16,
     CASES,
     F16,
     F32,
@@ -14,13 +13,17 @@ from attention_gpu_expected import (
     TYPES,
     Case,
     backward,
+    both,
     check,
     check_backward,
-    check_forward,
     exact,
     forward,
+    frozen_model,
     model,
+    not_a_number,
+    switched_off,
     tensors,
+    views,
 )
 from cuda_emulation import CSRC, HERE, ORDERS, build, compiler, run
 
