@@ -206,10 +206,10 @@ def both(core, case, t, needs=None, with_lse=True, loose=1.0):
     return out, lse, *found
 
 
-def frozen_model(core):
+def frozen_model(core, device="cpu"):
     """Rows-only backward costs O(L R): with NaN keys and the statistics of clean ones the gradients stay clean."""
     case = Case(40, 50, 2, causal=True)
-    t = tensors(case)
+    t = tensors(case, device=device)
     out, lse = forward(core, case, t)
     grad_out = torch.randn_like(out)
     needs = (False, False, False, True, True, True, False)
@@ -221,10 +221,10 @@ def frozen_model(core):
     check_backward(case, t, grad_out, None, expected, needs)
 
 
-def not_a_number(core, types):
+def not_a_number(core, types, device="cpu"):
     """Values, keys and gradients that are not finite behind the mask leave the bits of rows that do not see them."""
     case = Case(40, 43, 1, depth=16, causal=True)
-    t = tensors(case, types)
+    t = tensors(case, types, device)
     clean, clean_lse = forward(core, case, t)
     t["key"][0, 0, 30] = torch.nan
     t["value"][0, 0, 20] = torch.nan
@@ -235,7 +235,7 @@ def not_a_number(core, types):
     assert out[:, :, 17:].isnan().all()
     assert lse[:, :, 27:].isnan().all()
     grad = torch.randn_like(out)
-    t = tensors(case, types)
+    t = tensors(case, types, device)
     found = backward(core, case, t, grad, None, clean, clean_lse)
     spoiled = grad.clone()
     spoiled[0, 0, 12] = torch.nan  # seen by keys up to 15 and by the extra row
@@ -248,10 +248,10 @@ def not_a_number(core, types):
     assert again[3].isnan().all()
 
 
-def switched_off(core):
+def switched_off(core, device="cpu"):
     """A bias of -inf is as good as no rows; scores of 1e4 overflow nothing."""
     case = Case(9, 12, 2, causal=True)
-    t = tensors(case)
+    t = tensors(case, device=device)
     t["extra_bias"][:] = -torch.inf
     out, lse, *grads = both(core, case, t)
     without = Case(9, 12, 0, causal=True, biased=False)
@@ -259,19 +259,19 @@ def switched_off(core):
     for found, expected in zip((out, lse), forward(core, without, plain), strict=True):
         check("with rows switched off", found, expected.double(), F32)
     assert not any(g.any() for g in grads[3:6])
-    t = tensors(case)
+    t = tensors(case, device=device)
     t["query"] = t["query"] * 1e4
     both(core, case, t, (False, False, True, False, True, False, False))
     t["query"][0, 0, 3] = torch.inf
     assert forward(core, case, t)[1][0, 0, 3].isnan()
 
 
-def views(core, types):
+def views(core, types, device="cpu"):
     """Packed projections, transposed heads, expanded rows: the same bits as dense copies."""
     case = Case(18, 21, 2, depth=16, batch=2, heads=2, causal=True)
-    t = tensors(case, types)
+    t = tensors(case, types, device)
     expected = forward(core, case, t)
-    packed = torch.zeros(2, 21, 2, 35, dtype=types[0])
+    packed = torch.zeros(2, 21, 2, 35, dtype=types[0], device=device)
     packed[..., 1:17], packed[..., 17:33] = t["key"].transpose(1, 2), t["value"].transpose(1, 2)
     views = {
         **t,
@@ -284,7 +284,7 @@ def views(core, types):
     }
     found = forward(core, case, views)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-    grad = torch.randn(2, 18, 2, 16).to(types[0]).transpose(1, 2)
+    grad = torch.randn(2, 18, 2, 16).to(device, types[0]).transpose(1, 2)
     ours = backward(core, case, views, grad, None, *found)
     theirs = backward(core, case, t, grad, None, *expected)
     for name, a, b in zip(NAMES, ours, theirs, strict=True):

@@ -122,7 +122,8 @@ __device__ bool load_rows(const List& list, std::int64_t first, int rows, std::i
       } else {
         const T* data = reinterpret_cast<const T*>(from.data) + offset;
         if (count >= kPiece && aligned(data)) {
-          *reinterpret_cast<uint4*>(values) = *reinterpret_cast<const uint4*>(data);
+          // Said to be global memory, which the pointer itself no longer tells the compiler.
+          *reinterpret_cast<uint4*>(values) = __ldg(reinterpret_cast<const uint4*>(data));
         } else {
 #pragma unroll
           for (int i = 0; i < kPiece; ++i) {

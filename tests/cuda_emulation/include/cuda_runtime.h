@@ -193,3 +193,8 @@ T atomicAdd(T* address, std::common_type_t<T> value) {
 }
 
 inline void __stwb(uint4* address, uint4 value) { *address = value; }
+
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}
