@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pyface.ops._attention_gpu import NAMES
+from pyface.ops.attention import TENSORS
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 # (query, extra rows)
@@ -180,11 +180,11 @@ def check_backward(case, t, grad_out, grad_lse, found, needs=None, loose=1.0):
     loss = (out * grad_out.double()).sum()
     if grad_lse is not None:
         loss = loss + torch.where(lse > -math.inf, lse, 0.0).mul(grad_lse.double()).sum()
-    wanted = [n for n, need in zip(NAMES, needs, strict=True) if need]
+    wanted = [n for n, need in zip(TENSORS, needs, strict=True) if need]
     inputs = [leaves[n] for n in wanted]
     given = torch.autograd.grad(loss, inputs, allow_unused=True) if loss.requires_grad else [None] * len(inputs)
     expected = {n: torch.zeros_like(x) if g is None else g for n, x, g in zip(wanted, inputs, given, strict=True)}
-    for name, g, need in zip(NAMES, found, needs, strict=True):
+    for name, g, need in zip(TENSORS, found, needs, strict=True):
         assert (g is not None) == need, f"{name}: wanted {need}"
         if g is None:
             continue
@@ -287,7 +287,7 @@ def views(core, types, device="cpu"):
     grad = torch.randn(2, 18, 2, 16).to(device, types[0]).transpose(1, 2)
     ours = backward(core, case, views, grad, None, *found)
     theirs = backward(core, case, t, grad, None, *expected)
-    for name, a, b in zip(NAMES, ours, theirs, strict=True):
+    for name, a, b in zip(TENSORS, ours, theirs, strict=True):
         if name in ("extra_key", "extra_value"):
             check(name, a.sum(0, keepdim=True), b.double(), F32, 4.0)
         elif a is not None:

@@ -12,26 +12,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pyface.ops._deform_conv_gpu import DTYPE_CODES, tf32_allowed, wide
-
-NAMES = ("query", "key", "value", "extra_key", "extra_value", "extra_bias", "prior")  # in the order of gradients
-
-
-def dense_rows(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+from pyface.ops._deform_conv_gpu import DTYPE_CODES, tf32_allowed
+from pyface.ops.attention import TENSORS, _empty, _empty_lse, _rows
 
 
 def strides(t: Tensor) -> tuple[int, int, int]:
     """Of sample, head and row, where one sample stands for all."""
     return 0 if len(t) == 1 else t.stride(0), t.stride(1), t.stride(2)
-
-
-def empty(query: Tensor, value: Tensor) -> Tensor:
-    """Room for the result, in memory as [B, L, H, Ev] where query is so: what models flatten next."""
-    batch, heads, length, _ = query.shape
-    if not query.is_contiguous() and query.transpose(1, 2).is_contiguous():
-        return query.new_empty(batch, length, heads, value.shape[3]).transpose(1, 2)
-    return query.new_empty(batch, heads, length, value.shape[3])
 
 
 class Call(NamedTuple):
@@ -76,8 +63,8 @@ class _Attention:
         self, query, key, value, extra_key, extra_value, extra_bias, prior, is_causal, scale, grid_width, smooth,
         wants_lse,
     ):  # fmt: skip
-        out = empty(query, value)
-        lse = query.new_empty(query.shape[:3], dtype=wide(query.dtype)) if wants_lse else None
+        out = _empty(query, value)
+        lse = _empty_lse(query, wants_lse)
         if out.numel():
             out, lse = self.launch_forward(
                 self.call(
@@ -92,10 +79,10 @@ class _Attention:
         grid_width, smooth, needs,
     ):  # fmt: skip
         real, batch = lse.dtype, len(query)
-        asked = dict(zip(NAMES, needs, strict=True))
-        given = dict(zip(NAMES, (query, key, value, extra_key, extra_value, extra_bias, prior), strict=True))
-        asked = {name: asked[name] and given[name] is not None for name in NAMES}
-        new = dict.fromkeys(NAMES)
+        asked = dict(zip(TENSORS, needs, strict=True))
+        given = dict(zip(TENSORS, (query, key, value, extra_key, extra_value, extra_bias, prior), strict=True))
+        asked = {name: asked[name] and given[name] is not None for name in TENSORS}
+        new = dict.fromkeys(TENSORS)
         for name in ("query", "key", "value", "prior"):
             if asked[name]:
                 new[name] = torch.empty_like(given[name], memory_format=torch.contiguous_format)
@@ -109,8 +96,8 @@ class _Attention:
                 lse,
             )  # fmt: skip
             grad_lse = None if grad_lse is None else grad_lse.to(real).contiguous()
-            grads = self.launch_backward(call, dense_rows(grad), grad_lse, torch.empty_like(call.lse), new)
-            new = dict(zip(NAMES, grads, strict=True))
+            grads = self.launch_backward(call, _rows(grad), grad_lse, torch.empty_like(call.lse), new)
+            new = dict(zip(TENSORS, grads, strict=True))
         else:
             new = {name: None if t is None else t.zero_() for name, t in new.items()}
         for name in ("extra_key", "extra_value"):
@@ -119,7 +106,7 @@ class _Attention:
                 new[name] = self.sum(new[name], dtype).unsqueeze(0) if shared else new[name].to(dtype)
         if new["extra_bias"] is not None:
             new["extra_bias"] = self.sum(new["extra_bias"], real)
-        return tuple(new[name] for name in NAMES)
+        return tuple(new[name] for name in TENSORS)
 
     def call(
         self, query, key, value, extra_key, extra_value, bias, prior, is_causal, scale, grid_width, smooth, out, lse
@@ -127,7 +114,7 @@ class _Attention:
         if extra_key is None:
             extra_key, extra_value = (t.new_empty(1, t.shape[1], 0, t.shape[3]) for t in (query, value))
         prior = None if prior is None else prior.contiguous()
-        rows = (dense_rows(t) for t in (query, key, value, extra_key, extra_value))
+        rows = (_rows(t) for t in (query, key, value, extra_key, extra_value))
         return Call(
             *rows,
             bias,
@@ -136,7 +123,7 @@ class _Attention:
             float(scale),
             grid_width,
             float(smooth),
-            dense_rows(out),
+            _rows(out),
             None if lse is None else lse.contiguous(),
         )
 
@@ -180,7 +167,7 @@ class Cuda(_Attention):
     def launch_backward(self, call, grad, grad_lse, delta, new):
         self.module.attention_backward(
             *self.arguments(call), self.rows(grad), self.pointer(grad_lse), self.pointer(delta),
-            tuple(self.rows(new[name]) for name in NAMES[:3]), tuple(self.pointer(new[name]) for name in NAMES[3:]),
+            tuple(self.rows(new[name]) for name in TENSORS[:3]), tuple(self.pointer(new[name]) for name in TENSORS[3:]),
             *self.where(call.query),
         )  # fmt: skip
         return tuple(new.values())

@@ -28,7 +28,8 @@ from attention_gpu_expected import (
 from cuda_emulation import CSRC, HERE, ORDERS, build, compiler, run
 
 from pyface.ops import _attention_gpu
-from pyface.ops._attention_gpu import NAMES, Cuda
+from pyface.ops._attention_gpu import Cuda
+from pyface.ops.attention import TENSORS
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (CXX or g++) to build the emulation with")
 
@@ -141,10 +142,10 @@ def test_deterministic_in_any_order_of_threads(program):
             assert all(a is b is None or torch.equal(a, b) for a, b in zip(again, found[0], strict=True))
 
 
-@pytest.mark.parametrize("which", NAMES)
+@pytest.mark.parametrize("which", TENSORS)
 def test_only_the_gradient_asked_for(core, which):
     case = CASES["prior"]
-    both(core, case, tensors(case), tuple(n == which for n in NAMES), with_lse=False)
+    both(core, case, tensors(case), tuple(n == which for n in TENSORS), with_lse=False)
 
 
 def test_frozen_model_reads_no_key(core):
