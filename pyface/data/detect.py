@@ -125,7 +125,9 @@ class CascadeDetector:
         return [(left + x, top + y, w, h) for x, y, w, h in found]
 
     def _search(self, photo: np.ndarray, scale: float, smallest: int, largest: int | None = None) -> list[Box]:
-        """Boxes in ``photo``, searched at ``scale`` for what the cascade frames of ``smallest`` to ``largest`` pixels."""
+        """Boxes in ``photo``, searched at ``scale`` for what the cascade frames of ``smallest`` to ``largest`` pixels.
+
+        """
         from PIL import Image
 
         height, width = photo.shape[:2]

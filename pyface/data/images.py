@@ -87,7 +87,9 @@ def read_photo(path: str | os.PathLike, max_megapixels: float = MAX_MEGAPIXELS, 
             )
         bits = _bits_per_channel(image, file)
         if bits > 8 and not (reduce and bits == 16 and image.mode != "F"):
-            raise UserError(f"{path} has more than 8 bits per channel, which would be lost; convert it to 8 bits first")
+            raise UserError(
+                f"{path} has more than 8 bits per channel, which would be lost; convert it to 8 bits first"
+            )
         try:
             image.load()
             has_exif = bool(image.getexif())
