@@ -254,13 +254,32 @@ def _load_cpu() -> object:
     return _Cpu(module)
 
 
+def _load_cuda() -> object:
+    from pyface.ops._attention_gpu import Cuda
+
+    module, reason = _paths.load_module("_cuda")
+    assert module is not None, reason
+    return Cuda(module)
+
+
+def _load_triton() -> object:
+    from pyface.kernels import attention
+    from pyface.ops._attention_gpu import Triton
+
+    return Triton(attention)
+
+
+_GPU_TYPES = {(d, d) for d in _DTYPE_CODES} | {(d, torch.float32) for d in (torch.bfloat16, torch.float16)}
+
 CORE = Core(
     "attention",
     # (query, extra rows)
     dtypes={
+        "cuda": _GPU_TYPES,
+        "triton": _GPU_TYPES,
         "cpu": {(d, d) for d in (torch.float32, torch.float64, torch.bfloat16)} | {(torch.bfloat16, torch.float32)}
     },
-    load={"cpu": _load_cpu, "reference": _reference},
+    load={"cpu": _load_cpu, "cuda": _load_cuda, "triton": _load_triton, "reference": _reference},
 )
 
 # ---- the op ---------------------------------------------------------------------------------------------------------
