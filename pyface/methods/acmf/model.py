@@ -111,8 +111,10 @@ def scaled_maps(maps: Tensor, size: int) -> Tensor:
     """
     large = F.interpolate(maps[:, None], (size, size), mode="bilinear", align_corners=True)[:, 0]
     low = large.amin((1, 2), keepdim=True)
-    span = large.amax((1, 2), keepdim=True) - low
-    flat = span <= 0
+    high = large.amax((1, 2), keepdim=True)
+    span = high - low
+    # Interpolation rounds, so a flat map need not stay quite flat.
+    flat = span <= 1e-6 * torch.maximum(low.abs(), high.abs())
     return torch.where(flat, 0.0, (large - low) / torch.where(flat, 1.0, span))
 
 
