@@ -48,7 +48,12 @@ def translations(opset_version: int = 22) -> dict[Any, Callable]:
                 f"input {list(input.shape)}, weight {list(weight.shape)}, offset {list(offset.shape)}; let only the "
                 "batch and the picture's size be dynamic"
             )
-        return opset.DeformConv(
+        # ONNX has one type for all: beside wider offsets the layer is computed in theirs.
+        given, inside = input.dtype, offset.dtype
+        if given != inside:
+            input, weight = (opset.Cast(t, to=inside) for t in (input, weight))
+            bias = None if bias is None else opset.Cast(bias, to=inside)
+        out = opset.DeformConv(
             input,
             weight,
             offset,
@@ -61,5 +66,6 @@ def translations(opset_version: int = 22) -> dict[Any, Callable]:
             group=channels // group_channels,
             offset_group=offset.shape[1] // (2 * kernel[0] * kernel[1]),
         )
+        return out if given == inside else opset.Cast(out, to=given)
 
     return {torch.ops.pyface.deform_conv2d.default: deform_conv2d}

@@ -126,3 +126,29 @@ def test_replaces_the_layers_of_a_model_in_place():
     alone = torchvision.ops.DeformConv2d(4, 4, 3)
     assert replace_deform_conv(alone) == 1
     assert "DeformConv2d(4, 4" in repr(alone)
+
+
+@pytest.mark.filterwarnings("ignore")  # of what else that package imports
+def test_replaces_the_layers_of_a_published_model():
+    """birder's LIT (arXiv:2105.14217), which merges patches with torchvision's layer; not in our extras."""
+    lit = pytest.importorskip("birder.net.lit_v1", reason="pip install birder")
+    torch.manual_seed(0)
+    config = {"embed_dim": 32, "depths": [1, 1, 1, 1], "num_heads": [1, 2, 4, 8], "drop_path_rate": 0.0}
+    model = lit.LIT_v1(3, 10, config=config | {"has_msa": [False, False, True, True]}, size=(64, 64)).eval()
+    offset_branches = [m.offset_conv for m in model.modules() if hasattr(m, "offset_conv")]
+    for branch in offset_branches:
+        nn.init.normal_(branch.weight, std=0.1)
+    x, state = torch.randn(2, 3, 64, 64), {k: v.clone() for k, v in model.state_dict().items()}
+
+    def gradients():
+        out = model(x)
+        return out, torch.autograd.grad(out.square().sum(), list(model.parameters()))
+
+    expected, wanted = gradients()
+    assert replace_deform_conv(model) == len(offset_branches) == 3
+    found, got = gradients()
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+    for a, b in zip(got, wanted):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    assert list(model.state_dict()) == list(state)
+    model.load_state_dict(state)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+import pyface
 from pyface import UserError
 from pyface.nn import DeformConv2d, ModulatedDeformConv2d
 from pyface.ops.onnx import translations
@@ -76,6 +77,16 @@ def test_without_the_mask_all_taps_count():
     exported = export(model, (x, offset), 19, None)
     with torch.no_grad():
         torch.testing.assert_close(run(exported, x, offset), model(x, offset), rtol=1e-4, atol=1e-5)
+
+
+def test_offsets_that_are_wider_than_the_input_stay_so():
+    model = Masked(groups=2).half().eval()
+    inputs = torch.randn(2, 4, 7, 6).half(), torch.randn(2, 24, 5, 5) * 2, torch.rand(2, 12, 5, 5)
+    exported = export(model, inputs, 19, None)
+    onnx.checker.check_model(exported, full_check=True)
+    assert exported.graph.output[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
+    with torch.no_grad(), pyface.paths("reference"):
+        torch.testing.assert_close(run(exported, *inputs), model(*inputs), rtol=2e-3, atol=2e-3)
 
 
 def test_what_cannot_be_exported_is_said():
