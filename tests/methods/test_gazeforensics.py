@@ -495,6 +495,10 @@ def test_a_run_and_its_evaluation(trained):
     result = CliRunner().invoke(app, ["evaluate", "gazeforensics", "--weights", str(root / "run"), "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.output)["evaluation"] == rows
+    chosen = ["--weights", str(root / "run"), "--test-on", "colour_transfer", "--json"]
+    result = CliRunner().invoke(app, ["evaluate", "gazeforensics", *chosen])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["evaluation"] == [rows[1]]
 
 
 def test_unseen_families_are_those_not_trained_on(trained):
