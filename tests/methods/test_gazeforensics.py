@@ -789,6 +789,21 @@ def test_detector_scores_what_evaluation_scores(trained):
         assert found.gaze is None
 
 
+def test_detect_on_a_video(trained, tmp_path):
+    from pyface.data.sets.clips import Take, film
+    from pyface.data.video import write_video
+
+    shown = film(Take(3, 3, {}), seed=0, frames=24, image_size=128, framing=0.85)
+    write_video(tmp_path / "clip.mp4", shown["images"])
+    report = tmp_path / "report.html"
+    arguments = ["detect", str(tmp_path / "clip.mp4"), "-m", "gazeforensics", "--weights", str(trained[0] / "run")]
+    result = CliRunner().invoke(app, [*arguments, "--json", "--html", str(report)])
+    assert result.exit_code == 0, result.output
+    assert "gazeforensics" in result.output
+    assert "2 real, 2 reenactment, 2 texture" in result.output  # what the weights were trained on
+    assert report.stat().st_size > 10_000
+
+
 def test_short_videos_and_pictures_are_refused(trained):
     detector = load_detector("gazeforensics", trained[0] / "run")
     for count in (1, 13):
