@@ -163,7 +163,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/local/claims"), help="for CSV and picture")
     parser.add_argument("--work", type=Path, default=Path("runs/claims-acmf"), help="folder of the training runs")
     parser.add_argument("--backbone", default="resnet10t")
-    parser.add_argument("--size", type=int, default=64, help="side in pixels")
+    parser.add_argument("--size", type=int, default=128, help="side in pixels")
     parser.add_argument("--steps", type=int, default=120)
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--videos", type=int, default=60, help="training videos of each family")

@@ -433,6 +433,8 @@ def test_detector(run, tmp_path):
     logits = detector.network(faces).detach()
     assert plain.video == pytest.approx(float(fake_share(logits.double().mean(0))), abs=1e-6)
     assert plain.attention is None
+    parts = [detector.score(part) for part in faces.split(2)]
+    assert detector.combine(parts) == pytest.approx(plain.video, abs=1e-6)
     assert math.isnan(detector.score(faces[:0]).video)
     with pytest.raises(UserError, match=r"Tensor\[T, 3, 32, 32\]"):
         detector.score(torch.rand(1, 3, 16, 16))

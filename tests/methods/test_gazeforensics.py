@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from pyface.cli.main import app
 from pyface.data.images import write_png
-from pyface.data.protocols import FaceClip
+from pyface.data.protocols import FaceClip, test_parts
 from pyface.engine import Trainer
 from pyface.engine.checkpoint import load_weights, save_weights
 from pyface.errors import UserError
@@ -495,6 +495,19 @@ def test_a_run_and_its_evaluation(trained):
     result = CliRunner().invoke(app, ["evaluate", "gazeforensics", "--weights", str(root / "run"), "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.output)["evaluation"] == rows
+    chosen = ["--weights", str(root / "run"), "--test-on", "colour_transfer", "--json"]
+    result = CliRunner().invoke(app, ["evaluate", "gazeforensics", *chosen])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["evaluation"] == [rows[1]]
+
+
+def test_unseen_families_are_those_not_trained_on(trained):
+    _, config, made, network = trained
+    other = Recipe(dataclasses.replace(config, test_on="unseen", train_on="all"))
+    with pytest.raises(UserError, match="no family of procedural is unseen"):
+        other.evaluate(network)
+    tested = [test_parts("texture,splice", which, "procedural")[0].families for which in ("seen", "unseen")]
+    assert tested == [("texture", "splice"), ("blend_swap", "reenactment", "colour_transfer")]
 
 
 def test_weights_are_chosen_by_validation_and_say_what_they_are(trained):
@@ -774,6 +787,21 @@ def test_detector_scores_what_evaluation_scores(trained):
         np.testing.assert_allclose(found.fake, spread(clips, scores, len(faces)), atol=1e-6)
         assert found.attention is None
         assert found.gaze is None
+
+
+def test_detect_on_a_video(trained, tmp_path):
+    from pyface.data.sets.clips import Take, film
+    from pyface.data.video import write_video
+
+    shown = film(Take(3, 3, {}), seed=0, frames=24, image_size=128, framing=0.85)
+    write_video(tmp_path / "clip.mp4", shown["images"])
+    report = tmp_path / "report.html"
+    arguments = ["detect", str(tmp_path / "clip.mp4"), "-m", "gazeforensics", "--weights", str(trained[0] / "run")]
+    result = CliRunner().invoke(app, [*arguments, "--json", "--html", str(report)])
+    assert result.exit_code == 0, result.output
+    assert "gazeforensics" in result.output
+    assert "2 real, 2 reenactment, 2 texture" in result.output  # what the weights were trained on
+    assert report.stat().st_size > 10_000
 
 
 def test_short_videos_and_pictures_are_refused(trained):

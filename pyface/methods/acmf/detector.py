@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -57,7 +58,13 @@ class AcmfDetector:
             fake=fake_share(joined).numpy(),
             video=float(fake_share(joined.double().mean(0))),
             attention=torch.cat(attention).numpy() if maps else None,
+            state=(joined.double().sum(0), len(joined)),
         )
+
+    def combine(self, parts: Sequence[FaceScores]) -> float:
+        """The score of a video that was scored in parts: that of the mean logits of all its frames."""
+        total = sum(part.state[0] for part in parts)
+        return float(fake_share(total / sum(part.state[1] for part in parts)))
 
 
 def load_detector(weights: str | os.PathLike, device: str = "cpu") -> AcmfDetector:
