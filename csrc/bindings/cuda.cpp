@@ -199,20 +199,26 @@ void deform_conv_weight(const Sizes& sizes, const Geometry& geometry, Address in
 using AttentionSizes = std::array<std::int64_t, 7>;
 using Rows = std::pair<Address, Strides>;
 
-pyface::cuda::AttentionTensor rows(const Rows& t) { return {at(t.first), {t.second[0], t.second[1], t.second[2]}}; }
+pyface::AttentionTensor rows(const Rows& t) { return {at(t.first), {t.second[0], t.second[1], t.second[2]}}; }
 
-pyface::cuda::AttentionCall attention_call(const AttentionSizes& sizes, const std::array<Rows, 6>& tensors, Address bias,
-                                           const std::array<std::int64_t, 2>& bias_strides, Address lse, Address prior,
-                                           std::int64_t grid_width, double smooth, double scale, int type, int extra_type,
-                                           bool causal, bool tf32) {
+pyface::AttentionCall attention_call(const AttentionSizes& sizes, const std::array<Rows, 6>& tensors, Address bias,
+                                     const std::array<std::int64_t, 2>& bias_strides, Address lse, Address prior,
+                                     std::int64_t grid_width, double smooth, double scale, int type, int extra_type,
+                                     bool causal) {
   const auto& [b, h, l, s, r, e, ev] = sizes;
   const auto& [query, key, value, extra_key, extra_value, out] = tensors;
-  return {b,         h,          l,           s,
-          r,         e,          ev,          rows(query),
-          rows(key), rows(value), rows(extra_key), rows(extra_value),
-          rows(out), at(bias),   {bias_strides[0], bias_strides[1]}, at(lse),
-          at(prior), grid_width, smooth,      scale,
-          static_cast<DType>(type), static_cast<DType>(extra_type), causal, tf32};
+  return {b,          h,
+          l,          s,
+          r,          e,
+          ev,         rows(query),
+          rows(key),  rows(value),
+          rows(extra_key), rows(extra_value),
+          rows(out),  at(bias),
+          {bias_strides[0], bias_strides[1]}, at(lse),
+          at(prior),  grid_width,
+          smooth,     scale,
+          static_cast<DType>(type), static_cast<DType>(extra_type),
+          causal};
 }
 
 void attention_forward(const AttentionSizes& sizes, const std::array<Rows, 6>& tensors, Address bias,
@@ -220,9 +226,9 @@ void attention_forward(const AttentionSizes& sizes, const std::array<Rows, 6>& t
                        std::int64_t grid_width, double smooth, double scale, int type, int extra_type, bool causal,
                        bool tf32, int device, Address stream) {
   const auto call = attention_call(sizes, tensors, bias, bias_strides, lse, prior, grid_width, smooth, scale, type,
-                                   extra_type, causal, tf32);
+                                   extra_type, causal);
   const DeviceGuard guard(device);
-  check(pyface::cuda::attention_forward(call, at<CUstream_st>(stream)), "attention_forward");
+  check(pyface::cuda::attention_forward(call, tf32, at<CUstream_st>(stream)), "attention_forward");
 }
 
 // Gradients of query, key and value; of extra keys, extra values, bias and prior.
@@ -232,11 +238,11 @@ void attention_backward(const AttentionSizes& sizes, const std::array<Rows, 6>& 
                         bool tf32, const Rows& grad_out, Address grad_lse, Address delta,
                         const std::array<Rows, 3>& grads, const std::array<Address, 4>& sums, int device, Address stream) {
   const auto call = attention_call(sizes, tensors, bias, bias_strides, lse, prior, grid_width, smooth, scale, type,
-                                   extra_type, causal, tf32);
-  const pyface::cuda::AttentionBackward wanted{rows(grad_out), at(grad_lse), at(delta),   rows(grads[0]), rows(grads[1]),
-                                               rows(grads[2]), at(sums[0]),  at(sums[1]), at(sums[2]),    at(sums[3])};
+                                   extra_type, causal);
+  const pyface::AttentionBackward wanted{rows(grad_out), at(grad_lse),  rows(grads[0]), rows(grads[1]), rows(grads[2]),
+                                         at(sums[0]),    at(sums[1]),   at(sums[2]),    at(sums[3])};
   const DeviceGuard guard(device);
-  check(pyface::cuda::attention_backward(call, wanted, at<CUstream_st>(stream)), "attention_backward");
+  check(pyface::cuda::attention_backward(call, wanted, at(delta), tf32, at<CUstream_st>(stream)), "attention_backward");
 }
 
 void attention_sum(Address parts, std::int64_t batch, std::int64_t size, int type, Address out, int out_type, int device,

@@ -531,7 +531,7 @@ __global__ void __launch_bounds__(kForwardWarps<T, D> * kWarp) forward_kernel(At
 
 // delta = sum of grad_out times out - grad_lse: one warp to a query.
 template <typename T>
-__global__ void __launch_bounds__(256) delta_kernel(AttentionCall call, AttentionBackward wanted) {
+__global__ void __launch_bounds__(256) delta_kernel(AttentionCall call, AttentionBackward wanted, void* delta) {
   using R = Real<T>;
   const int lane = threadIdx.x % kWarp, warps = blockDim.x / kWarp;
   const std::int64_t items = call.batch * call.heads * call.queries;
@@ -548,7 +548,7 @@ __global__ void __launch_bounds__(256) delta_kernel(AttentionCall call, Attentio
 #pragma unroll
     for (int step = kWarp / 2; step > 0; step /= 2) sum += __shfl_xor_sync(kAll, sum, step);
     if (lane == 0) {
-      static_cast<R*>(wanted.delta)[item] = sum - (wanted.grad_lse ? static_cast<const R*>(wanted.grad_lse)[item] : R(0));
+      static_cast<R*>(delta)[item] = sum - (wanted.grad_lse ? static_cast<const R*>(wanted.grad_lse)[item] : R(0));
     }
   }
 }
@@ -561,10 +561,10 @@ struct Query {
 };
 
 template <typename R>
-__device__ Query<R> query_of(const AttentionCall& call, const AttentionBackward& wanted, std::int64_t head, std::int64_t i) {
+__device__ Query<R> query_of(const AttentionCall& call, const void* delta, std::int64_t head, std::int64_t i) {
   if (i >= call.queries) return {-infinity<R>(), 0, {{0, 0}, {0, 0}}};
   const std::int64_t at = head * call.queries + i;
-  Query<R> q{static_cast<const R*>(call.lse)[at], static_cast<const R*>(wanted.delta)[at], {{0, 0}, {0, 0}}};
+  Query<R> q{static_cast<const R*>(call.lse)[at], static_cast<const R*>(delta)[at], {{0, 0}, {0, 0}}};
   if (call.prior) q.prior = prior<R>(call, at, true);
   return q;
 }
@@ -576,7 +576,7 @@ struct Cut {
 
 template <typename T, bool Tf32Allowed>
 __global__ void __launch_bounds__(kBackwardWarps<T> * kWarp)
-    backward_kernel(AttentionCall call, AttentionBackward wanted, Cut cut) {
+    backward_kernel(AttentionCall call, AttentionBackward wanted, const void* delta, Cut cut) {
   using R = Real<T>;
   constexpr int D = kBackwardDepth<T>, N = kBackwardOthers<T>, kP = kPitch<T, D>, kOwn = kBackwardWarps<T> * kRows;
   alignas(16) __shared__ T own_factor[kOwn * kP];  // of scores: queries or keys
@@ -633,7 +633,7 @@ __global__ void __launch_bounds__(kBackwardWarps<T> * kWarp)
         sight.end[i] = of_queries ? seen_by(call, r) : call.queries;
       }
       if (of_queries) {
-        own_queries[i] = query_of<R>(call, wanted, head, r);
+        own_queries[i] = query_of<R>(call, delta, head, r);
       } else {
         own_entries[i] = entry<R>(call, h, r);
       }
@@ -675,7 +675,7 @@ __global__ void __launch_bounds__(kBackwardWarps<T> * kWarp)
             if (of_queries) {
               entries[j] = entry<R>(call, h, at + j);
             } else {
-              queries[j] = query_of<R>(call, wanted, head, at + j);
+              queries[j] = query_of<R>(call, delta, head, at + j);
             }
           }
         }
@@ -816,10 +816,10 @@ cudaError_t forward(const AttentionCall& call, cudaStream_t stream) {
 
 }  // namespace
 
-cudaError_t attention_forward(const AttentionCall& call, cudaStream_t stream) {
-  return with_product(call.type, call.tf32, [&](auto t, auto tf32) {
+cudaError_t attention_forward(const AttentionCall& call, bool tf32, cudaStream_t stream) {
+  return with_product(call.type, tf32, [&](auto t, auto allowed) {
     using T = typename decltype(t)::type;
-    constexpr bool kTf32 = decltype(tf32)::value;
+    constexpr bool kTf32 = decltype(allowed)::value;
     if constexpr (kHalf<T>) {
       if (std::max(call.depth, call.width) > 64) return forward<T, kTf32, 128>(call, stream);
     }
@@ -827,13 +827,14 @@ cudaError_t attention_forward(const AttentionCall& call, cudaStream_t stream) {
   });
 }
 
-cudaError_t attention_backward(const AttentionCall& call, const AttentionBackward& wanted, cudaStream_t stream) {
+cudaError_t attention_backward(const AttentionCall& call, const AttentionBackward& wanted, void* delta, bool tf32,
+                               cudaStream_t stream) {
   const cudaError_t error = with_type(call.type, [&](auto t) {
     return launch(delta_kernel<typename decltype(t)::type>, ceil_div(call.batch * call.heads * call.queries, 256 / kWarp),
-                  256, stream, call, wanted);
+                  256, stream, call, wanted, delta);
   });
   if (error != cudaSuccess) return error;
-  return with_product(call.type, call.tf32, [&](auto t, auto tf32) {
+  return with_product(call.type, tf32, [&](auto t, auto allowed) {
     using T = typename decltype(t)::type;
     const bool of_queries = wanted.grad_query.data || wanted.grad_prior;
     const bool of_keys = wanted.grad_key.data || wanted.grad_value.data;
@@ -843,8 +844,8 @@ cudaError_t attention_backward(const AttentionCall& call, const AttentionBackwar
     const Cut cut{of_queries ? ceil_div(call.queries, rows) : 0, of_keys ? ceil_div(call.keys, rows) : 0,
                   of_extras ? ceil_div(call.extras, rows) : 0, ceil_div(std::max(call.depth, call.width), kBackwardDepth<T>)};
     const std::int64_t blocks = cut.query_blocks + cut.key_blocks + cut.extra_blocks;
-    return launch(backward_kernel<T, decltype(tf32)::value>, call.batch * call.heads * blocks * cut.pieces, warps * kWarp,
-                  stream, call, wanted, cut);
+    return launch(backward_kernel<T, decltype(allowed)::value>, call.batch * call.heads * blocks * cut.pieces, warps * kWarp,
+                  stream, call, wanted, static_cast<const void*>(delta), cut);
   });
 }
 

@@ -7,15 +7,15 @@ using namespace pyface;
 
 namespace {
 
-cuda::AttentionTensor tensor(emulation::Call& in) {
-  cuda::AttentionTensor t{};
+AttentionTensor tensor(emulation::Call& in) {
+  AttentionTensor t{};
   t.data = in.pointer();
   for (auto& stride : t.strides) stride = in.integer();
   return t;
 }
 
-cuda::AttentionCall arguments(emulation::Call& in) {
-  cuda::AttentionCall call{};
+AttentionCall arguments(emulation::Call& in) {
+  AttentionCall call{};
   for (auto* size : {&call.batch, &call.heads, &call.queries, &call.keys, &call.extras, &call.depth, &call.width}) {
     *size = in.integer();
   }
@@ -30,21 +30,27 @@ cuda::AttentionCall arguments(emulation::Call& in) {
   call.type = static_cast<DType>(in.integer());
   call.extra_type = static_cast<DType>(in.integer());
   call.causal = in.integer();
-  call.tf32 = in.integer();
   return call;
+}
+
+cudaError_t forward(emulation::Call& in) {
+  const auto call = arguments(in);
+  const bool tf32 = in.integer();
+  return cuda::attention_forward(call, tf32, in.stream());
 }
 
 cudaError_t backward(emulation::Call& in) {
   const auto call = arguments(in);
-  cuda::AttentionBackward wanted{};
+  const bool tf32 = in.integer();
+  AttentionBackward wanted{};
   wanted.grad_out = tensor(in);
   wanted.grad_lse = in.pointer();
-  wanted.delta = in.pointer();
+  void* delta = in.pointer();
   for (auto* t : {&wanted.grad_query, &wanted.grad_key, &wanted.grad_value}) *t = tensor(in);
   for (auto* part : {&wanted.grad_extra_key, &wanted.grad_extra_value, &wanted.grad_bias, &wanted.grad_prior}) {
     *part = in.pointer();
   }
-  return cuda::attention_backward(call, wanted, in.stream());
+  return cuda::attention_backward(call, wanted, delta, tf32, in.stream());
 }
 
 cudaError_t sum(emulation::Call& in) {
@@ -60,7 +66,7 @@ cudaError_t sum(emulation::Call& in) {
 int main(int, char** argv) {
   return emulation::serve(argv, [](emulation::Call& call) {
     switch (call.op()) {
-      case 0: return cuda::attention_forward(arguments(call), call.stream());
+      case 0: return forward(call);
       case 1: return backward(call);
       default: return sum(call);
     }
