@@ -8,6 +8,7 @@ from pyface.ops._paths import PATHS, PathError, paths, table
 from pyface.ops.coupling import affine_coupling, haar_dwt2d, haar_idwt2d
 from pyface.ops.deform_conv import deform_conv2d
 from pyface.ops.dense_block import dense_block
+from pyface.ops.sharpness import multi_combine_, multi_dots, multi_norm, multi_step_, perturb_, restore_
 from pyface.ops.spectral import high_pass, mask_high_frequencies, spectral_filter
 
 __all__ = [
@@ -20,7 +21,13 @@ __all__ = [
     "haar_idwt2d",
     "high_pass",
     "mask_high_frequencies",
+    "multi_combine_",
+    "multi_dots",
+    "multi_norm",
+    "multi_step_",
     "paths",
+    "perturb_",
+    "restore_",
     "spectral_filter",
     "table",
 ]
