@@ -226,9 +226,9 @@ void sharpness_sums(const std::vector<std::int64_t>& table, Address sums, Addres
 }
 
 void sharpness_perturb(const std::vector<std::int64_t>& table, Address sums, Address nonfinite,
-                       const std::vector<double>& rho, double eps, bool adaptive, double eta, int threads) {
+                       const std::vector<double>& rho, double eps, double shrink, bool adaptive, double eta, int threads) {
   SharpnessCall call(table, sums, nonfinite);
-  call.args.rho = rho.data(), call.args.eps = eps, call.args.adaptive = adaptive, call.args.eta = eta;
+  call.args.rho = rho.data(), call.args.eps = eps, call.args.shrink = shrink, call.args.adaptive = adaptive, call.args.eta = eta;
   PYFACE_CALL(sharpness_perturb, call.args, threads);
 }
 

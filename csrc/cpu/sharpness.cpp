@@ -218,7 +218,7 @@ void sharpness_perturb(const Sharpness& s, int threads) {
       W* w = static_cast<W*>(t.weight) + first;
       W* saved = static_cast<W*>(t.saved) + first;
       const G* y = static_cast<const G*>(t.y) + first;
-      const C factor = (C)(s.rho[p] * over_norm), eta = (C)s.eta;
+      const C factor = (C)(moves ? s.rho[p] * over_norm - s.shrink : 0), eta = (C)s.eta;
       if (!moves || factor == 0) {
         std::memcpy(saved, w, n * sizeof(W));
         return;

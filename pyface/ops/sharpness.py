@@ -154,10 +154,10 @@ class _Cpu:
         )
         return values, nonfinite
 
-    def perturb_(self, weights, saved, ys, sums, nonfinite, rho, eps, eta):
+    def perturb_(self, weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta):
         table, _alive, back = self.table(weights, saved, None, ys, written=(0, 1))
         self.module.sharpness_perturb(
-            table, sums.data_ptr(), nonfinite.data_ptr(), list(rho), eps, eta is not None, eta or 0.0,
+            table, sums.data_ptr(), nonfinite.data_ptr(), list(rho), eps, shrink, eta is not None, eta or 0.0,
             torch.get_num_threads(),
         )  # fmt: skip
         _write_back(back)
@@ -269,11 +269,11 @@ def _dots_fake(xs, ys, path):
     return _norm_fake(ys, None, 0.0, path)
 
 
-def _perturb(weights, saved, ys, sums, nonfinite, rho, eps, eta, path):
+def _perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
     _check("perturb_", weights=weights, saved=saved, ys=ys)
     _check_sums("perturb_", len(ys), sums, nonfinite)
     if weights:
-        _pick(path, weights, ys).perturb_(weights, saved, ys, sums, nonfinite, rho, eps, eta)
+        _pick(path, weights, ys).perturb_(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta)
         torch.autograd.graph.increment_version((*weights, *saved))
 
 
@@ -326,6 +326,7 @@ _dots_op = _define("multi_dots", "(Tensor[] xs, Tensor[] ys, str? path) -> (Tens
 _perturb_op = _define(
     "perturb_",
     "(Tensor(a!)[] weights, Tensor(b!)[] saved, Tensor[] ys, Tensor sums, Tensor nonfinite, float[] rho, float eps, "
+    "float shrink, "
     "float? eta, str? path) -> ()",
     _perturb,
 )
@@ -370,9 +371,10 @@ def perturb_(
     rho: float | Sequence[float],
     *,
     eps: float = 1e-12,
+    shrink: float = 0.0,
     eta: float | None = None,
 ) -> None:
-    """Saves the weights, then moves them uphill: w += rho / (sqrt(b) + eps) y, with b the sum of y² over all tensors.
+    """Saves the weights, then moves them uphill: w += (rho / (sqrt(b) + eps) - shrink) y, with b the sum of y² over all tensors.
 
     Where b is 0 or an element of ys is not finite, the weights keep their bits. (SAM, arXiv:2010.01412, equation 2.)
 
@@ -383,6 +385,7 @@ def perturb_(
         sums: of :func:`multi_norm` over ys.
         rho: length of the step, one or one per tensor; 0 moves nothing.
         eps: added to the norm.
+        shrink: taken off the factor of y (SAGM).
         eta: not None: the ascent of ASAM, y times (|w| + eta)²; `sums` must then be taken with the weights.
     """
     rhos = [float(rho)] * len(weights) if isinstance(rho, int | float) else [float(r) for r in rho]
@@ -392,7 +395,16 @@ def perturb_(
         raise ValueError(f"perturb_: rho must be finite and not negative, got {rho}")
     _same_types("perturb_", weights, saved)
     _perturb_op(
-        list(weights), list(saved), list(ys), sums.values, sums.nonfinite, rhos, float(eps), eta, chosen_path()
+        list(weights),
+        list(saved),
+        list(ys),
+        sums.values,
+        sums.nonfinite,
+        rhos,
+        float(eps),
+        float(shrink),
+        eta,
+        chosen_path(),
     )
 
 

@@ -41,6 +41,7 @@ struct Sharpness {
   bool per_tensor;    // the rule looks at one tensor, or at all
   const double* rho;  // [count]
   double eps;
+  double shrink;  // taken off the factor of y in the ascent
   bool adaptive;  // y is multiplied by (|w| + eta) in the norm, by its square in the ascent
   double eta;
   double lr, momentum, dampening, weight_decay;

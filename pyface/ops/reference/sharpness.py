@@ -48,19 +48,20 @@ def perturb_(
     nonfinite: Tensor,
     rho: Sequence[float],
     eps: float,
+    shrink: float,
     eta: float | None,
 ) -> None:
-    """w += rho / (sqrt(b) + eps) y, where b > 0 and y is finite; with eta, y times (|w| + eta)²."""
+    """w += (rho / (sqrt(b) + eps) - shrink) y, where b > 0 and y is finite; with eta, y times (|w| + eta)²."""
     b = sums[-1, 1]
     moves = (nonfinite[1] == 0) & (b > 0)
     over_norm = 1 / (b.sqrt() + eps)
     for w, kept, y, r in zip(weights, saved, ys, rho, strict=True):
         kept.copy_(w)
         wide = _wide(w)
-        e = _wide(y) * (r * over_norm).to(wide.dtype)
+        e = _wide(y) * (r * over_norm - shrink).to(wide.dtype)
         if eta is not None:
             e = e * _stretch(w, eta).square()
-        if r:
+        if r or shrink:
             w.copy_(torch.where(moves, (wide + e).to(w.dtype), w))
 
 
