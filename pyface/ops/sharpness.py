@@ -374,7 +374,7 @@ def perturb_(
     shrink: float = 0.0,
     eta: float | None = None,
 ) -> None:
-    """Saves the weights, then moves them uphill: w += (rho / (sqrt(b) + eps) - shrink) y, with b the sum of y² over all tensors.
+    """Saves the weights, then moves them uphill: w += (rho / (sqrt(b) + eps) - shrink) y, b = sum of y² over all.
 
     Where b is 0 or an element of ys is not finite, the weights keep their bits. (SAM, arXiv:2010.01412, equation 2.)
 
@@ -478,8 +478,8 @@ def multi_step_(
         momenta: T buffers typed like the weights, written in place; None or empty with momentum 0.
         first: the buffers hold nothing yet: they become the gradient, as in torch.optim.SGD.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        sums, rule, granularity, parameters: as in :func:`multi_combine_`. Where a gradient is not finite the weights are
-            restored and nothing else happens.
+        sums, rule, granularity, parameters: as in :func:`multi_combine_`. Where a gradient is not finite the
+            weights are restored and nothing else happens.
     """
     p0, p1 = _check_rule("multi_step_", rule, parameters)
     if bool(momenta) != (momentum != 0) and len(weights):

@@ -104,7 +104,8 @@ def test_contract(kind, base):
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
     start = weights(model)
     train(model, optimizer, 3)
-    assert not same(start, weights(model)) and optimizer.skipped == 0
+    assert not same(start, weights(model))
+    assert optimizer.skipped == 0
     scheduler.step()
     assert optimizer.base_optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
     # a state dict in mid-training goes on as if nothing had happened
@@ -120,7 +121,8 @@ def test_contract(kind, base):
     assert all(same(weights(model), weights(m)) for m in (twin, third, fourth))
     extra = nn.Parameter(torch.ones(2))
     optimizer.add_param_group({"params": [extra], "rho": 0.2})
-    assert optimizer.param_groups[-1]["rho"] == 0.2 and optimizer.base_optimizer.param_groups[-1]["params"] == [extra]
+    assert optimizer.param_groups[-1]["rho"] == 0.2
+    assert optimizer.base_optimizer.param_groups[-1]["params"] == [extra]
 
 
 @pytest.mark.parametrize("kind", ALL)
@@ -129,7 +131,8 @@ def test_rho_zero_lr_zero_and_exceptions(kind):
     optimizer = kind(model.parameters(), torch.optim.SGD, lr=0.0)
     start, where = weights(model), [p.data_ptr() for p in model.parameters()]
     train(model, optimizer, 20)
-    assert same(start, weights(model)) and where == [p.data_ptr() for p in model.parameters()]
+    assert same(start, weights(model))
+    assert where == [p.data_ptr() for p in model.parameters()]
     model(torch.ones(2, 3)).sum().backward()
     with pytest.raises(RuntimeError, match="broken"):
         optimizer.step(lambda: (_ for _ in ()).throw(RuntimeError("broken")))
@@ -158,7 +161,8 @@ def test_two_call_styles_are_one():
     two.first_step(zero_grad=True)
     b(x).square().mean().backward()
     two.second_step(zero_grad=True)
-    assert same(weights(a), weights(b)) and all(p.grad is None for p in b.parameters())
+    assert same(weights(a), weights(b))
+    assert all(p.grad is None for p in b.parameters())
 
 
 @pytest.mark.parametrize("overflow", [{1}, {2}, {1, 2}])
@@ -184,10 +188,12 @@ def test_grad_scaler(kind, overflow):
 
     before = weights(model)
     step(overflow)
-    assert same(before, weights(model)) and scaler.get_scale() == 512.0
+    assert same(before, weights(model))
+    assert scaler.get_scale() == 512.0
     plain = copy.deepcopy(model)
     step(())
-    assert not same(before, weights(model)) and scaler.get_scale() == 512.0
+    assert not same(before, weights(model))
+    assert scaler.get_scale() == 512.0
     if kind is not FriendlySAM:  # whose running mean has seen a step more
         unscaled = kind(plain.parameters(), torch.optim.SGD, lr=0.1)
         plain(x).square().mean().backward()
@@ -209,7 +215,8 @@ def test_nan_gradients_skip_the_step(bad_pass):
 
     closure(1)
     optimizer.step(lambda: closure(2))
-    assert same(before, weights(model)) and optimizer.skipped == 1
+    assert same(before, weights(model))
+    assert optimizer.skipped == 1
 
 
 def test_gradients_missing_in_one_pass():
@@ -217,7 +224,8 @@ def test_gradients_missing_in_one_pass():
     optimizer = GradientConstrainedSAM([p, q], torch.optim.SGD, lr=0.1, weight_decay=0.5)
     p.grad = torch.ones(3)
     optimizer.first_step()
-    assert not torch.equal(p.detach(), torch.ones(3)) and torch.equal(q.detach(), torch.ones(3))
+    assert not torch.equal(p.detach(), torch.ones(3))
+    assert torch.equal(q.detach(), torch.ones(3))
     q.grad = torch.ones(3)
     optimizer.second_step()
     assert torch.equal(p.detach(), torch.ones(3))  # restored, not updated
@@ -249,4 +257,5 @@ def test_statistics_are_frozen_in_the_context():
     with frozen_statistics(model):
         frozen = model(x)
     assert same(before, list(model.buffers()))
-    assert torch.equal(frozen, model(x)) and not same(before, list(model.buffers()))
+    assert torch.equal(frozen, model(x))
+    assert not same(before, list(model.buffers()))
