@@ -21,7 +21,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CPU_CORES = ["attention", "coupling", "deform_conv", "dense_block", "spectral"]
+CPU_CORES = ["attention", "coupling", "deform_conv", "dense_block", "sharpness", "spectral"]
 CUDA_CORES = ["attention", "coupling", "deform_conv", "spectral"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
 X86_ISAS = {

@@ -1,0 +1,51 @@
+// Sharpness-aware gradient work over a list of tensors: what a core is asked to do.
+//
+// Tensor p has a weight w, a saved copy of it, a first gradient y (at w), a second gradient x (at the perturbed weight) and
+// a momentum buffer m, all `size` elements in one dense order. Python has checked every pointer, size and dtype
+// (pyface/ops/sharpness.py); nothing is checked again here. Definitions: docs/sharpness.md.
+#pragma once
+
+#include "pyface/types.h"
+
+namespace pyface {
+
+// Types of (weight, saved, m) and of (x, y): (f32, f32), (f32, bf16), (bf16, bf16), (f64, f64). Pointers a pass does not
+// use are null.
+struct SharpnessTensor {
+  void* weight;
+  void* saved;
+  void* x;
+  void* y;
+  void* momentum;
+  std::int64_t size;
+  DType weight_type, grad_type;
+};
+
+// How G = u x + v y follows from a = <x, x>, b = <y, y>, k = <x, y>.
+enum class SharpnessRule : int {
+  second = 0,       // x
+  mix = 1,          // p0 x + (1 - p0) y
+  gsam = 2,         // x - p0 (y - (k / a) x)
+  gsam_first = 3,   // y + p0 (x - (k / b) y)
+  constrained = 4,  // by c = k / sqrt(a b): x where c >= p1, y where c <= p0, else the projection of x on x + y
+  surgery = 5,      // x - (k / b) y where k < 0, else x
+};
+
+struct Sharpness {
+  const SharpnessTensor* tensors;
+  std::int64_t count;
+  double* sums;      // [count + 1][3]: a, b, k of each tensor, then of all
+  float* nonfinite;  // [2]: 1 where an x, a y is not finite
+  SharpnessRule rule;
+  double p0, p1;
+  bool per_tensor;    // the rule looks at one tensor, or at all
+  const double* rho;  // [count]
+  double eps;
+  double shrink;  // taken off the factor of y in the ascent
+  bool adaptive;  // y is multiplied by (|w| + eta) in the norm, by its square in the ascent
+  double eta;
+  double lr, momentum, dampening, weight_decay;
+  bool nesterov, maximize, first;  // first: the momentum buffers hold nothing yet
+};
+
+}  // namespace pyface

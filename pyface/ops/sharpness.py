@@ -1,0 +1,504 @@
+"""Op table of core `sharpness`: norms, ascent, rules and update of sharpness-aware training over lists of tensors.
+
+Every argument is checked here, once, before any pointer is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._C import _len_torch_dispatch_stack
+
+from pyface.ops import _paths
+from pyface.ops._paths import Core, chosen_path
+from pyface.ops._register import LIBRARY
+from pyface.ops.reference import sharpness as reference
+
+_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+
+# The rules and their parameters, in the order of pyface/sharpness.h.
+RULES: dict[str, tuple[str, ...]] = {
+    "second": (),
+    "mix": ("t",),
+    "gsam": ("alpha",),
+    "gsam_first": ("alpha",),
+    "constrained": ("lower", "upper"),
+    "surgery": (),
+}
+_RULE_CODES = {name: code for code, name in enumerate(RULES)}
+
+
+class Sums(NamedTuple):
+    """What the passes decide by, on the device of the gradients.
+
+    Attributes:
+        values: Tensor[T + 1, 3] float64, of each tensor and (last row) of all: the sums of x², y², xy.
+        nonfinite: Tensor[2] float32: 1 where an x, a y has an element that is not finite, else 0.
+    """
+
+    values: Tensor
+    nonfinite: Tensor
+
+
+# ---- checks ---------------------------------------------------------------------------------------------------------
+
+
+def _check(op: str, **lists: Sequence[Tensor]) -> None:
+    """Lists of one length whose tensors have, number by number, one shape, and all one device."""
+    (name, first), *others = lists.items()
+    for other, tensors in others:
+        if len(tensors) != len(first):
+            raise ValueError(
+                f"{op}: {name} and {other} must be equally long, got {len(first)} and {len(tensors)} tensors"
+            )
+    if not first:
+        return
+    device = first[0].device
+    for kind, tensors in lists.items():
+        for p, t in enumerate(tensors):
+            if t.layout != torch.strided:
+                raise TypeError(
+                    f"{op}: {kind}[{p}] is sparse ({t.layout}): only dense tensors are taken; make it dense with "
+                    ".to_dense(), or leave it out"
+                )
+            if not t.dtype.is_floating_point:
+                hint = "; give torch.view_as_real of it" if t.dtype.is_complex else ""
+                raise TypeError(f"{op}: {kind}[{p}] must be floating point, got {t.dtype}{hint}")
+            if t.device != device:
+                raise ValueError(
+                    f"{op}: all tensors must be on one device, got {device} for {name}[0] and {t.device} for "
+                    f"{kind}[{p}]; call it once per device"
+                )
+            if t.shape != first[p].shape:
+                raise ValueError(
+                    f"{op}: {name}[{p}] and {kind}[{p}] must have one shape, got {tuple(first[p].shape)} and "
+                    f"{tuple(t.shape)}"
+                )
+
+
+def _check_sums(op: str, count: int, sums: Tensor, nonfinite: Tensor) -> None:
+    if sums.shape != (count + 1, 3) or sums.dtype != torch.float64 or not sums.is_contiguous():
+        raise ValueError(
+            f"{op}: sums.values must be a contiguous float64 Tensor[{count + 1}, 3] (of multi_norm or multi_dots over "
+            f"the same {count} tensors), got {sums.dtype} {tuple(sums.shape)}"
+        )
+    if nonfinite.shape != (2,) or nonfinite.dtype != torch.float32:
+        raise ValueError(f"{op}: sums.nonfinite must be float32 Tensor[2], got {nonfinite.dtype} {nonfinite.shape}")
+
+
+def _check_rule(op: str, rule: str, parameters: dict[str, float]) -> tuple[float, float]:
+    if rule not in RULES:
+        raise ValueError(f"{op}: no rule is called {rule!r}; the rules are {', '.join(RULES)}")
+    if set(parameters) != set(RULES[rule]):
+        raise TypeError(
+            f"{op}: rule {rule!r} takes the parameters ({', '.join(RULES[rule])}), got ({', '.join(parameters)})"
+        )
+    if rule == "constrained" and not parameters["lower"] <= parameters["upper"]:
+        raise ValueError(f"{op}: lower must not be above upper, got {parameters['lower']} and {parameters['upper']}")
+    values = [float(parameters[name]) for name in RULES[rule]]
+    return (*values, 0.0, 0.0)[:2]
+
+
+def _granularity(op: str, rule: str, granularity: str | None) -> bool:
+    if granularity not in (None, "tensor", "global"):
+        raise ValueError(f"{op}: granularity must be 'tensor', 'global' or None, got {granularity!r}")
+    return granularity == "tensor" or (granularity is None and rule == "constrained")
+
+
+# ---- paths ----------------------------------------------------------------------------------------------------------
+
+
+def _is_dense(t: Tensor) -> bool:
+    return t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)
+
+
+class _Cpu:
+    """The compiled core. It reads flat memory, so an operand in another order than its tensor's first one is copied."""
+
+    def __init__(self):
+        self.module, reason = _paths.load_module("_cpu")
+        assert self.module is not None, reason  # the registry asked before loading
+
+    def table(self, weights=None, saved=None, xs=None, ys=None, momenta=None, written=()):
+        """(flat table of ints, tensors that must live until the call is over, (copy, original) to write back)."""
+        table, alive, back = [], [], []
+        lists = [weights, saved, xs, ys, momenta]
+        leading = next(tensors for tensors in lists if tensors)
+        gradients = ys or xs or leading
+        for p, like in enumerate(leading):
+            dense = _is_dense(like)
+            for i, tensors in enumerate(lists):
+                if not tensors:
+                    table.append(0)
+                    continue
+                t = tensors[p]
+                if not (dense and t.stride() == like.stride()) and not (t.is_contiguous() and like.is_contiguous()):
+                    copy = torch.empty_like(like, dtype=t.dtype, memory_format=torch.preserve_format).copy_(t)
+                    alive.append(copy)
+                    if i in written:
+                        back.append((copy, t))
+                    t = copy
+                table.append(t.data_ptr())
+            table += (like.numel(), _DTYPE_CODES[like.dtype], _DTYPE_CODES[gradients[p].dtype])
+        return table, alive, back
+
+    def sums(self, xs, ys, weights, eta):
+        values = torch.empty(len(ys) + 1, 3, dtype=torch.float64)
+        nonfinite = torch.empty(2)
+        table, _alive, _ = self.table(weights, None, xs, ys)
+        self.module.sharpness_sums(
+            table, values.data_ptr(), nonfinite.data_ptr(), weights is not None, eta, torch.get_num_threads()
+        )
+        return values, nonfinite
+
+    def perturb_(self, weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta):
+        table, _alive, back = self.table(weights, saved, None, ys, written=(0, 1))
+        self.module.sharpness_perturb(
+            table, sums.data_ptr(), nonfinite.data_ptr(), list(rho), eps, shrink, eta is not None, eta or 0.0,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        _write_back(back)
+
+    def restore_(self, weights, saved):
+        table, _alive, back = self.table(weights, saved, written=(0,))
+        self.module.sharpness_restore(table, torch.get_num_threads())
+        _write_back(back)
+
+    def combine_(self, xs, ys, sums, nonfinite, rule, p0, p1, per_tensor):
+        table, _alive, back = self.table(None, None, xs, ys, written=(2,))
+        self.module.sharpness_combine(
+            table, sums.data_ptr(), nonfinite.data_ptr(), _RULE_CODES[rule], p0, p1, per_tensor,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        _write_back(back)
+
+    def step_(self, weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *sgd):
+        table, _alive, back = self.table(weights, saved, xs, ys, momenta, written=(0, 4))
+        self.module.sharpness_step(
+            table, sums.data_ptr(), nonfinite.data_ptr(), _RULE_CODES[rule], p0, p1, per_tensor, *sgd,
+            torch.get_num_threads(),
+        )  # fmt: skip
+        _write_back(back)
+
+
+def _write_back(copies: list[tuple[Tensor, Tensor]]) -> None:
+    for copy, original in copies:
+        original.copy_(copy)
+
+
+class _Reference:
+    def sums(self, xs, ys, weights, eta):
+        return reference.sums(xs, ys, weights, eta)
+
+    def perturb_(self, *args):
+        reference.perturb_(*args)
+
+    def restore_(self, weights, saved):
+        for w, kept in zip(weights, saved, strict=True):
+            w.copy_(kept)
+
+    def combine_(self, xs, ys, sums, nonfinite, rule, p0, p1, per_tensor):
+        u, v = reference.coefficients(sums, rule, p0, p1, per_tensor)
+        skip = nonfinite.amax() > 0
+        for x, g in zip(xs, reference.combined(xs, ys, u, v), strict=True):
+            x.copy_(torch.where(skip, x, g.to(x.dtype)))
+
+    def step_(self, weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *sgd):
+        gradients = reference.combined(xs, ys, *reference.coefficients(sums, rule, p0, p1, per_tensor))
+        reference.step_(weights, saved, gradients, momenta, nonfinite.amax() > 0, *sgd)
+
+
+CORE = Core(
+    "sharpness",
+    # (weight, gradient)
+    dtypes={
+        "cpu": {
+            (torch.float32, torch.float32),
+            (torch.float32, torch.bfloat16),
+            (torch.bfloat16, torch.bfloat16),
+            (torch.float64, torch.float64),
+        }
+    },
+    load={"cpu": _Cpu, "reference": _Reference},
+    order=("cpu", "reference"),
+)
+
+
+def _pick(path: str | None, weights: Sequence[Tensor], *gradients: Sequence[Tensor]) -> _Cpu | _Reference:
+    """One implementation for the whole list: the reference if any tensor of it needs that."""
+    device = weights[0].device.type
+    kinds = {(w.dtype, g.dtype) for tensors in gradients for w, g in zip(weights, tensors, strict=True)}
+    found = [CORE.pick(device, kind, path) for kind in kinds]
+    # A mixture of types (x and y of one tensor differ) is the reference's business.
+    mixed = any(x.dtype != y.dtype for x, y in zip(gradients[0], gradients[-1], strict=True))
+    if mixed and path not in (None, "reference"):
+        raise _paths.PathError(f"sharpness: the path {path!r} needs x and y of one type for each tensor")
+    if mixed or any(one is not found[0] for one in found):
+        return CORE.pick(device, next(iter(kinds)), "reference")
+    return found[0]
+
+
+# ---- the ops --------------------------------------------------------------------------------------------------------
+
+
+def _empty_sums(count: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    return torch.zeros(count + 1, 3, dtype=torch.float64, device=device), torch.zeros(2, device=device)
+
+
+def _norm(ys, weights, eta, path):
+    weights = weights or None
+    _check("multi_norm", ys=ys, **({} if weights is None else {"weights": weights}))
+    if not ys:
+        return _empty_sums(0, None)
+    return _pick(path, ys if weights is None else weights, ys).sums(None, ys, weights, eta)
+
+
+def _norm_fake(ys, weights, eta, path):
+    return _empty_sums(len(ys), ys[0].device if ys else None)
+
+
+def _dots(xs, ys, path):
+    _check("multi_dots", xs=xs, ys=ys)
+    return _pick(path, xs, xs, ys).sums(xs, ys, None, 0.0) if ys else _empty_sums(0, None)
+
+
+def _dots_fake(xs, ys, path):
+    return _norm_fake(ys, None, 0.0, path)
+
+
+def _perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
+    _check("perturb_", weights=weights, saved=saved, ys=ys)
+    _check_sums("perturb_", len(ys), sums, nonfinite)
+    if weights:
+        _pick(path, weights, ys).perturb_(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta)
+        torch.autograd.graph.increment_version((*weights, *saved))
+
+
+def _restore(weights, saved, path):
+    _check("restore_", weights=weights, saved=saved)
+    if weights:
+        _pick(path, weights, saved).restore_(weights, saved)
+        torch.autograd.graph.increment_version(weights)
+
+
+def _combine(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor, path):
+    _check("multi_combine_", xs=xs, ys=ys)
+    _check_sums("multi_combine_", len(ys), sums, nonfinite)
+    if xs:
+        _pick(path, xs, xs, ys).combine_(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor)
+        torch.autograd.graph.increment_version(xs)
+
+
+def _step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *rest):
+    *sgd, path = rest
+    _check("multi_step_", weights=weights, saved=saved, xs=xs, ys=ys, **({"momenta": momenta} if momenta else {}))
+    _check_sums("multi_step_", len(ys), sums, nonfinite)
+    if weights:
+        run = _pick(path, weights, xs, ys)
+        run.step_(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *sgd)
+        torch.autograd.graph.increment_version((*weights, *momenta))
+
+
+def _define(name: str, schema: str, implementation: Callable, fake: Callable | None = None) -> Callable:
+    """Registers `pyface::<name>`, whose schema says what it writes, and returns its eager door."""
+    LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"pyface::{name}", fake or (lambda *args: None), lib=LIBRARY)
+    dispatched = getattr(torch.ops.pyface, name).default
+
+    def call(*args):
+        if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
+            return dispatched(*args)
+        with torch.no_grad():
+            return implementation(*args)
+
+    return call
+
+
+_RULE = "Tensor sums, Tensor nonfinite, str rule, float p0, float p1, bool per_tensor"
+_norm_op = _define(
+    "multi_norm", "(Tensor[] ys, Tensor[] weights, float eta, str? path) -> (Tensor, Tensor)", _norm, _norm_fake
+)
+_dots_op = _define("multi_dots", "(Tensor[] xs, Tensor[] ys, str? path) -> (Tensor, Tensor)", _dots, _dots_fake)
+_perturb_op = _define(
+    "perturb_",
+    "(Tensor(a!)[] weights, Tensor(b!)[] saved, Tensor[] ys, Tensor sums, Tensor nonfinite, float[] rho, float eps, "
+    "float shrink, "
+    "float? eta, str? path) -> ()",
+    _perturb,
+)
+_restore_op = _define("restore_", "(Tensor(a!)[] weights, Tensor[] saved, str? path) -> ()", _restore)
+_combine_op = _define("multi_combine_", f"(Tensor(a!)[] xs, Tensor[] ys, {_RULE}, str? path) -> ()", _combine)
+_step_op = _define(
+    "multi_step_",
+    f"(Tensor(a!)[] weights, Tensor[] saved, Tensor[] xs, Tensor[] ys, Tensor(b!)[] momenta, {_RULE}, float lr, "
+    "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first, str? path) -> ()",
+    _step,
+)
+
+
+def multi_norm(ys: Sequence[Tensor], *, weights: Sequence[Tensor] | None = None, eta: float = 0.0) -> Sums:
+    """Sums of squares of each tensor and of all, in float64, without waiting for the device.
+
+    Args:
+        ys: T tensors of any shapes and floating types, on one device.
+        weights: T tensors shaped like ys: y is then multiplied by |w| + eta (ASAM, arXiv:2102.11600).
+        eta: see weights.
+
+    Returns:
+        :class:`Sums`, whose columns for x and xy are 0.
+
+    Raises:
+        TypeError: sparse, complex or integer tensors.
+        ValueError: several devices, lists or shapes that do not fit.
+    """
+    return Sums(*_norm_op(list(ys), list(weights or ()), float(eta), chosen_path()))
+
+
+def multi_dots(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Sums:
+    """Sums of x², y² and xy of each tensor and of all in one pass, in float64; see :func:`multi_norm`."""
+    return Sums(*_dots_op(list(xs), list(ys), chosen_path()))
+
+
+def perturb_(
+    weights: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    sums: Sums,
+    rho: float | Sequence[float],
+    *,
+    eps: float = 1e-12,
+    shrink: float = 0.0,
+    eta: float | None = None,
+) -> None:
+    """Saves the weights, then moves them uphill: w += (rho / (sqrt(b) + eps) - shrink) y, b = sum of y² over all.
+
+    Where b is 0 or an element of ys is not finite, the weights keep their bits. (SAM, arXiv:2010.01412, equation 2.)
+
+    Args:
+        weights: T tensors, changed in place.
+        ys: T gradients shaped like them.
+        saved: T tensors shaped and typed like the weights, which receive their bits.
+        sums: of :func:`multi_norm` over ys.
+        rho: length of the step, one or one per tensor; 0 moves nothing.
+        eps: added to the norm.
+        shrink: taken off the factor of y (SAGM).
+        eta: not None: the ascent of ASAM, y times (|w| + eta)²; `sums` must then be taken with the weights.
+    """
+    rhos = [float(rho)] * len(weights) if isinstance(rho, int | float) else [float(r) for r in rho]
+    if len(rhos) != len(weights):
+        raise ValueError(f"perturb_: rho must be one number or one per tensor ({len(weights)}), got {len(rhos)}")
+    if not all(0 <= r < float("inf") for r in rhos):
+        raise ValueError(f"perturb_: rho must be finite and not negative, got {rho}")
+    _same_types("perturb_", weights, saved)
+    _perturb_op(
+        list(weights),
+        list(saved),
+        list(ys),
+        sums.values,
+        sums.nonfinite,
+        rhos,
+        float(eps),
+        float(shrink),
+        eta,
+        chosen_path(),
+    )
+
+
+def restore_(weights: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
+    """Gives the weights the bits of `saved`, in the memory they have."""
+    _same_types("restore_", weights, saved)
+    _restore_op(list(weights), list(saved), chosen_path())
+
+
+def multi_combine_(
+    xs: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    sums: Sums,
+    rule: str,
+    *,
+    granularity: str | None = None,
+    **parameters: float,
+) -> None:
+    """G = u x + v y, written into xs; u and v follow on the device from a = <x, x>, b = <y, y>, k = <x, y>.
+
+    ================  =====================================================================  ===================
+    rule              G                                                                      source
+    ================  =====================================================================  ===================
+    ``second``        x                                                                      SAM
+    ``mix``           t x + (1 - t) y                                                        SAGM (t = 1/2)
+    ``gsam``          x - alpha (y - (k/a) x)                                                arXiv:2203.08065
+    ``gsam_first``    y + alpha (x - (k/b) y)                                                the same, for f
+    ``constrained``   c = k / sqrt(a b): x for c >= upper, y for c <= lower, else the        arXiv:2309.07866
+                      projection of x on x + y
+    ``surgery``       x - (k/b) y for k < 0, else x                                          arXiv:2001.06782
+    ================  =====================================================================  ===================
+
+    Where a or b is 0, G is x (except for ``mix``); where x = -y to rounding, ``constrained`` gives y. Where an element
+    of xs or ys is not finite, xs stay as they are.
+
+    Args:
+        xs, ys: T tensors each, shaped alike.
+        sums: of :func:`multi_dots` over them.
+        granularity: "tensor": every tensor by its own sums; "global": all by the sums of all; None: "tensor" for
+            ``constrained``, else "global", as the papers have it.
+        parameters: of the rule, by the names of the table.
+    """
+    p0, p1 = _check_rule("multi_combine_", rule, parameters)
+    per_tensor = _granularity("multi_combine_", rule, granularity)
+    _combine_op(list(xs), list(ys), sums.values, sums.nonfinite, rule, p0, p1, per_tensor, chosen_path())
+
+
+def multi_step_(
+    weights: Sequence[Tensor],
+    saved: Sequence[Tensor],
+    xs: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    momenta: Sequence[Tensor] | None,
+    sums: Sums,
+    rule: str,
+    *,
+    lr: float,
+    momentum: float = 0.0,
+    dampening: float = 0.0,
+    weight_decay: float = 0.0,
+    nesterov: bool = False,
+    maximize: bool = False,
+    first: bool = False,
+    granularity: str | None = None,
+    **parameters: float,
+) -> None:
+    """:func:`restore_`, :func:`multi_combine_` and a step of SGD in one pass; G is never stored.
+
+    Args:
+        weights, saved, xs, ys: T tensors each, shaped alike. Only the weights are written.
+        momenta: T buffers typed like the weights, written in place; None or empty with momentum 0.
+        first: the buffers hold nothing yet: they become the gradient, as in torch.optim.SGD.
+        lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
+        sums, rule, granularity, parameters: as in :func:`multi_combine_`. Where a gradient is not finite the
+            weights are restored and nothing else happens.
+    """
+    p0, p1 = _check_rule("multi_step_", rule, parameters)
+    if bool(momenta) != (momentum != 0) and len(weights):
+        raise ValueError(
+            f"multi_step_: momentum {momentum} needs {'a buffer per weight' if momentum else 'no buffers'}, "
+            f"got {len(momenta or ())}"
+        )
+    _same_types("multi_step_", weights, saved)
+    if momenta:
+        _same_types("multi_step_", weights, momenta)
+    per_tensor = _granularity("multi_step_", rule, granularity)
+    _step_op(
+        list(weights), list(saved), list(xs), list(ys), list(momenta or ()), sums.values, sums.nonfinite, rule, p0, p1,
+        per_tensor, float(lr), float(momentum), float(dampening), float(weight_decay), nesterov, maximize, first,
+        chosen_path(),
+    )  # fmt: skip
+
+
+def _same_types(op: str, weights: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for w, other in zip(weights, others, strict=False):
+        if w.dtype != other.dtype:
+            raise TypeError(f"{op}: saved weights and momenta must have the weight's type {w.dtype}, got {other.dtype}")

@@ -1,0 +1,261 @@
+"""SAM and relatives: against the papers written plainly, and as optimisers among torch's tools."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import pyface
+from pyface.optim import ASAM, GSAM, SAGM, SAM, FriendlySAM, GradientConstrainedSAM, frozen_statistics
+
+ALL = [SAM, ASAM, GSAM, SAGM, FriendlySAM, GradientConstrainedSAM]
+
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(c, c, 3, padding=1, bias=False), nn.Conv2d(c, c, 3, padding=1, bias=False)
+        self.na, self.nb = nn.BatchNorm2d(c), nn.BatchNorm2d(c)
+
+    def forward(self, x):
+        return F.relu(x + self.nb(self.b(F.relu(self.na(self.a(x))))))
+
+
+def resnet():
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Conv2d(3, 8, 3, padding=1), Block(8), nn.AvgPool2d(2), Block(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
+        nn.Linear(8, 4),
+    )  # fmt: skip
+
+
+def batch(i):
+    g = torch.Generator().manual_seed(i)
+    return torch.randn(8, 3, 8, 8, generator=g), torch.randint(0, 4, (8,), generator=g)
+
+
+def small():
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+def train(model, optimizer, steps, start=0):
+    for i in range(start, start + steps):
+        x = torch.randn(6, 3, generator=torch.Generator().manual_seed(i))
+
+        def closure(x=x):
+            loss = model(x).square().mean()
+            loss.backward()
+            return loss
+
+        optimizer.zero_grad()
+        closure()
+        optimizer.step(closure)
+
+
+def weights(model):
+    return [p.detach().clone() for p in model.parameters()]
+
+
+def same(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_resnet_trained_as_in_the_paper():
+    ours, plain = resnet(), resnet()
+    optimizer = SAM(ours.parameters(), torch.optim.SGD, rho=0.05, lr=0.02, momentum=0.9, weight_decay=1e-3)
+    base = torch.optim.SGD(plain.parameters(), lr=0.02, momentum=0.9, weight_decay=1e-3, foreach=False)
+    for i in range(50):
+        x, label = batch(i)
+        optimizer.zero_grad()
+        F.cross_entropy(ours(x), label).backward()
+        optimizer.step(lambda x=x, label=label: F.cross_entropy(ours(x), label).backward())
+
+        base.zero_grad()
+        F.cross_entropy(plain(x), label).backward()
+        norm = torch.stack([p.grad.double().square().sum() for p in plain.parameters()]).sum().sqrt()
+        old = weights(plain)
+        with torch.no_grad():
+            for p in plain.parameters():
+                p += p.grad * (0.05 / (norm + 1e-12)).float()
+        base.zero_grad()
+        F.cross_entropy(plain(x), label).backward()
+        with torch.no_grad():
+            for p, w in zip(plain.parameters(), old, strict=True):
+                p.copy_(w)
+        base.step()
+    moved = max(float((a - b).abs().max()) for a, b in zip(weights(ours), weights(resnet()), strict=True))
+    assert moved > 0.01
+    for a, b in zip(weights(ours), weights(plain), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)  # 50 steps amplify the rounding of one (about 1e-7)
+
+
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.AdamW])
+def test_contract(kind, base):
+    model = small()
+    optimizer = kind(model.parameters(), base, lr=0.05)
+    assert isinstance(optimizer, torch.optim.Optimizer)
+    scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 1, 0.5)
+    start = weights(model)
+    train(model, optimizer, 3)
+    assert not same(start, weights(model))
+    assert optimizer.skipped == 0
+    scheduler.step()
+    assert optimizer.base_optimizer.param_groups[0]["lr"] == pytest.approx(0.025)
+    # a state dict in mid-training goes on as if nothing had happened
+    twin = small()
+    twin.load_state_dict(model.state_dict())
+    other = kind(twin.parameters(), base, lr=0.7)
+    other.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    # so does a copy and a pickle of both together
+    third, copied = copy.deepcopy((model, optimizer))
+    fourth, loaded = pickle.loads(pickle.dumps((model, optimizer)))
+    for m, o in ((model, optimizer), (twin, other), (third, copied), (fourth, loaded)):
+        train(m, o, 3, start=3)
+    assert all(same(weights(model), weights(m)) for m in (twin, third, fourth))
+    extra = nn.Parameter(torch.ones(2))
+    optimizer.add_param_group({"params": [extra], "rho": 0.2})
+    assert optimizer.param_groups[-1]["rho"] == 0.2
+    assert optimizer.base_optimizer.param_groups[-1]["params"] == [extra]
+
+
+@pytest.mark.parametrize("kind", ALL)
+def test_rho_zero_lr_zero_and_exceptions(kind):
+    model = small()
+    optimizer = kind(model.parameters(), torch.optim.SGD, lr=0.0)
+    start, where = weights(model), [p.data_ptr() for p in model.parameters()]
+    train(model, optimizer, 20)
+    assert same(start, weights(model))
+    assert where == [p.data_ptr() for p in model.parameters()]
+    model(torch.ones(2, 3)).sum().backward()
+    with pytest.raises(RuntimeError, match="broken"):
+        optimizer.step(lambda: (_ for _ in ()).throw(RuntimeError("broken")))
+    assert same(start, weights(model))
+
+
+def test_rho_zero_is_the_base_optimiser():
+    ours, plain = small(), small()
+    optimizer = SAM(ours.parameters(), torch.optim.SGD, rho=0, lr=0.1, momentum=0.9)
+    train(ours, optimizer, 10)
+    base = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=0.9)
+    for i in range(10):
+        base.zero_grad()
+        plain(torch.randn(6, 3, generator=torch.Generator().manual_seed(i))).square().mean().backward()
+        base.step()
+    assert same(weights(ours), weights(plain))
+
+
+def test_two_call_styles_are_one():
+    a, b = small(), small()
+    x = torch.randn(6, 3)
+    one, two = GSAM(a.parameters(), torch.optim.SGD, lr=0.1), GSAM(b.parameters(), torch.optim.SGD, lr=0.1)
+    a(x).square().mean().backward()
+    one.step(lambda: a(x).square().mean().backward())
+    b(x).square().mean().backward()
+    two.first_step(zero_grad=True)
+    b(x).square().mean().backward()
+    two.second_step(zero_grad=True)
+    assert same(weights(a), weights(b))
+    assert all(p.grad is None for p in b.parameters())
+
+
+@pytest.mark.parametrize("overflow", [{1}, {2}, {1, 2}])
+@pytest.mark.parametrize("kind", ALL)
+def test_grad_scaler(kind, overflow):
+    model = small()
+    optimizer = kind(model.parameters(), torch.optim.SGD, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    x = torch.randn(6, 3)
+
+    def backward(bad):
+        loss = scaler.scale(model(x).square().mean())
+        loss.backward()
+        if bad:
+            model[0].weight.grad[0, 1] = float("inf")
+        return loss
+
+    def step(overflow):
+        optimizer.zero_grad()
+        backward(1 in overflow)
+        optimizer.step(lambda: backward(2 in overflow), scaler=scaler)
+        scaler.update()
+
+    before = weights(model)
+    step(overflow)
+    assert same(before, weights(model))
+    assert scaler.get_scale() == 512.0
+    plain = copy.deepcopy(model)
+    step(())
+    assert not same(before, weights(model))
+    assert scaler.get_scale() == 512.0
+    if kind is not FriendlySAM:  # whose running mean has seen a step more
+        unscaled = kind(plain.parameters(), torch.optim.SGD, lr=0.1)
+        plain(x).square().mean().backward()
+        unscaled.step(lambda: plain(x).square().mean().backward())
+        for a, b in zip(weights(model), weights(plain), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("bad_pass", [1, 2])
+def test_nan_gradients_skip_the_step(bad_pass):
+    model = small()
+    optimizer = SAM(model.parameters(), torch.optim.SGD, lr=0.1)
+    before = weights(model)
+
+    def closure(number):
+        model(torch.ones(2, 3)).sum().backward()
+        if number == bad_pass:
+            model[2].bias.grad[0] = float("nan")
+
+    closure(1)
+    optimizer.step(lambda: closure(2))
+    assert same(before, weights(model))
+    assert optimizer.skipped == 1
+
+
+def test_gradients_missing_in_one_pass():
+    p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
+    optimizer = GradientConstrainedSAM([p, q], torch.optim.SGD, lr=0.1, weight_decay=0.5)
+    p.grad = torch.ones(3)
+    optimizer.first_step()
+    assert not torch.equal(p.detach(), torch.ones(3))
+    assert torch.equal(q.detach(), torch.ones(3))
+    q.grad = torch.ones(3)
+    optimizer.second_step()
+    assert torch.equal(p.detach(), torch.ones(3))  # restored, not updated
+    torch.testing.assert_close(q.detach(), torch.full((3,), 1 - 0.1 * 1.5))
+
+
+def test_bad_input():
+    p = nn.Parameter(torch.ones(3))
+    with pytest.raises(pyface.UserError, match="rho"):
+        SAM([p], torch.optim.SGD, rho=-1, lr=0.1)
+    with pytest.raises(pyface.UserError, match="lower"):
+        GradientConstrainedSAM([p], torch.optim.SGD, lower=0.9, lr=0.1)
+    optimizer = SAM([p], torch.optim.SGD, lr=0.1)
+    with pytest.raises(pyface.UserError, match="no parameter has a gradient"):
+        optimizer.step(lambda: None)
+    with pytest.raises(pyface.UserError, match="closure"):
+        optimizer.step()
+    with pytest.raises(pyface.UserError, match="first_step"):
+        optimizer.second_step()
+    p.grad = torch.ones(3).to_sparse()
+    with pytest.raises(TypeError, match="sparse"):
+        optimizer.first_step()
+
+
+def test_statistics_are_frozen_in_the_context():
+    model = resnet()
+    x, _ = batch(0)
+    before = [b.clone() for b in model.buffers()]
+    with frozen_statistics(model):
+        frozen = model(x)
+    assert same(before, list(model.buffers()))
+    assert torch.equal(frozen, model(x))
+    assert not same(before, list(model.buffers()))
