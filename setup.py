@@ -21,8 +21,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CPU_CORES = ["attention", "coupling", "deform_conv", "dense_block"]
-CUDA_CORES = ["attention", "coupling", "deform_conv"]
+CPU_CORES = ["attention", "coupling", "deform_conv", "dense_block", "spectral"]
+CUDA_CORES = ["attention", "coupling", "deform_conv", "spectral"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
 X86_ISAS = {
     "baseline": [],
@@ -31,6 +31,7 @@ X86_ISAS = {
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
 }
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-unknown-warning-option"]
+WARNINGS += ["-Wno-maybe-uninitialized"]  # GCC 12 finds hundreds, all in its own AVX-512 headers
 
 
 class BuildError(Exception):

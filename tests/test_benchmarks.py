@@ -24,7 +24,7 @@ from pyface.ops.reference import coupling as twin
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 harness, coupling = _load(FOLDER, "coupling")
-from benchmarks import attention, deform_conv, peers, proface_s  # noqa: E402 - _load has made the package known
+from benchmarks import attention, deform_conv, peers, proface_s, spectral  # noqa: E402 - _load has made the package known
 
 QUICK = harness.Options(quick=True)
 
@@ -289,12 +289,13 @@ SAME_RESULT = (
     "FrEIA", "HiNet", "dense conv2d", "pyface.ops.dense_block fp32", "cat, NCHW fp32", "cat, channels_last fp32",
     "torchvision", "ONNX Runtime", attention.CAT, f"{attention.CAT}, padded to 16", attention.TRICK,
     "cat, softmax, products", "torch, add_bias_kv", "prior, softmax, products", "prior as SDPA's mask",
+    spectral.CHAIN, spectral.HALF, spectral.LOW_RANK,
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "make_cases", [attention.cases, coupling.cases, deform_conv.cases, proface_s.cases],
-    ids=["attention", "coupling", "deform_conv", "proface_s"],
+    "make_cases", [attention.cases, coupling.cases, deform_conv.cases, proface_s.cases, spectral.cases],
+    ids=["attention", "coupling", "deform_conv", "proface_s", "spectral"],
 )
 def test_results_of_one_case_agree(make_cases):
     """Peers that return the very thing pyface returns must return the same values, gradients too."""

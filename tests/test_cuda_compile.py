@@ -115,7 +115,7 @@ def test_attention_is_multiplied_by_tensor_cores_where_its_types_allow(tmp_path)
 @pytest.mark.slow
 def test_module_links_and_imports_without_a_gpu(tmp_path):
     pybind11 = pytest.importorskip("pybind11")
-    objects = [tmp_path / f"{name}.o" for name in ("attention", "coupling", "deform_conv", "bindings")]
+    objects = [tmp_path / f"{name}.o" for name in ("attention", "coupling", "deform_conv", "spectral", "bindings")]
     flags = [*FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", '-DPYFACE_CUDA_ARCHS="80;90"']
     archs = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]", "--threads=2"]
     for target in objects[:-1]:
@@ -151,6 +151,10 @@ if devices == 0:
     tensors = torch.zeros(2, 4, 5, 5), torch.zeros(2, 36, 5, 5), torch.zeros(6, 2, 3, 3)
     mask, grad = torch.zeros(2, 18, 5, 5), torch.zeros(2, 6, 5, 5)
     ones = [tuple(i == j for j in range(4)) for i in range(4)]
+    from pyface.ops import spectral
+
+    filters, keep, sign = spectral._Cuda(_cuda), torch.ones(5, 5), torch.zeros(2, 4, 5, 5, dtype=torch.int8)
+    filters.where = lambda tensor: (0, 0)
     core, x = _Cuda(_cuda), torch.zeros(2, 4, 2, 2)
     core.where = lambda tensor: (0, 0)
     options = dict(clamp=2.0, activation="sigmoid", inverse=False)
@@ -160,6 +164,9 @@ if devices == 0:
         lambda: core.backward(x, None, x, x, x, from_output=True, needs_x=True, needs_s=True, **options),
         lambda: core.haar_dwt2d(x),
         lambda: core.haar_idwt2d(x),
+        lambda: filters.high_pass(tensors[0], (1, 1), False),
+        lambda: filters.mask_high_frequencies(tensors[0], keep > 0, (1, 1), False, True),
+        lambda: filters.mask_high_frequencies_backward(tensors[0], sign, keep, (1, 1), False),
         lambda: conv.forward(*tensors, None, mask, *geometry),
         lambda: conv.forward(*tensors, torch.zeros(6), None, *geometry),
         *(lambda needs=needs: conv.backward(grad, *tensors, mask, *geometry, needs) for needs in ones),
@@ -181,3 +188,15 @@ if devices == 0:
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_spectral_kernels_are_compiled_with_64_bit_offsets_and_exact_divisions(tmp_path):
+    ptx = tmp_path / "spectral.ptx"
+    nvcc(*FLAGS, "-ptx", "-arch=compute_90", CSRC / "cuda" / "spectral.cu", "-o", ptx)
+    entries = dict(re.findall(r"\.entry (\w+)\((.*?)\n}", ptx.read_text(), re.DOTALL))
+    kinds = ("gather", "project", "expand", "spread")
+    count = {kind: sum(f"{kind}_kernel" in name for name in entries) for kind in kinds}
+    assert count == {"gather": 4, "project": 2, "expand": 2, "spread": 4}
+    for name, body in entries.items():
+        assert re.search(r"(mul|mad)\.lo\.s64", body), name
+        assert not re.search(r"div\.(approx|full)", body), f"{name}: fast-math slipped in"

@@ -15,6 +15,7 @@
 #include "cpu/coupling.h"
 #include "cpu/deform_conv.h"
 #include "cpu/dense_block.h"
+#include "cpu/spectral.h"
 
 namespace py = pybind11;
 using namespace pyface;
@@ -247,6 +248,35 @@ void attention_sum(Address parts, std::int64_t batch, std::int64_t size, int typ
               threads);
 }
 
+// rows, columns: (table, rank, padded); sizes: (outer, inner, height, width, channels)
+typedef std::tuple<Address, std::int64_t, std::int64_t> AxisTuple;
+typedef std::array<std::int64_t, 3> PlaneStrides;
+
+void spectral(int task, int type, const AxisTuple& rows, const AxisTuple& columns, Address columns_turned, bool edge,
+              const std::array<std::int64_t, 5>& sizes, Address x, const PlaneStrides& x_stride, Address y, Address keep,
+              const PlaneStrides& keep_stride, bool keep_is_bool, Address sign, int threads) {
+  const Spectral args{static_cast<SpectralTask>(task),
+                      static_cast<DType>(type),
+                      {in(std::get<0>(rows)), std::get<1>(rows), std::get<2>(rows)},
+                      {in(std::get<0>(columns)), std::get<1>(columns), std::get<2>(columns)},
+                      in(columns_turned),
+                      edge,
+                      sizes[0],
+                      sizes[1],
+                      sizes[2],
+                      sizes[3],
+                      sizes[4],
+                      in(x),
+                      {x_stride[0], x_stride[1], x_stride[2]},
+                      out(y),
+                      in(keep),
+                      {keep_stride[0], keep_stride[1], keep_stride[2]},
+                      keep_is_bool,
+                      static_cast<std::int8_t*>(out(sign))};
+  const std::int64_t bytes = PYFACE_CALL(spectral_scratch, args, threads);
+  with_scratch("spectral", bytes, [&](void* scratch) { PYFACE_CALL(spectral, args, scratch, threads); });
+}
+
 void set_isa(const std::string& name) {
   for (int i = 0; i <= static_cast<int>(cpu::best_isa()); ++i)
     if (name == kIsaNames[i]) {
@@ -275,6 +305,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("dense_block", &dense_block);
   m.def("deform_conv", &deform_conv);
   m.def("deform_conv_backward", &deform_conv_backward);
+  m.def("spectral", &spectral);
   m.def("isa", [] { return kIsaNames[static_cast<int>(current_isa)]; }, "The instruction set in use");
   m.def("isas", &isas, "Every instruction set this machine can run, best last");
   m.def("set_isa", &set_isa, "Use another instruction set than the best one");

@@ -7,10 +7,12 @@
 #include <array>
 #include <stdexcept>
 #include <string>
+#include <tuple>
 
 #include "cuda/attention.h"
 #include "cuda/coupling.h"
 #include "cuda/deform_conv.h"
+#include "cuda/spectral.h"
 
 #ifndef PYFACE_CUDA_ARCHS
 #define PYFACE_CUDA_ARCHS ""
@@ -264,6 +266,34 @@ int device_count() {
 
 }  // namespace
 
+// rows, columns: (table, rank, padded); sizes: (outer, inner, height, width, channels)
+using AxisTuple = std::tuple<Address, std::int64_t, std::int64_t>;
+
+void spectral(int task, int type, const AxisTuple& rows, const AxisTuple& columns, Address columns_turned, bool edge,
+              const std::array<std::int64_t, 5>& sizes, Address x, const Strides& x_stride, Address y, Address keep,
+              const Strides& keep_stride, bool keep_is_bool, Address sign, Address scratch, int device, Address stream) {
+  const pyface::Spectral call{static_cast<pyface::SpectralTask>(task),
+                              static_cast<DType>(type),
+                              {at(std::get<0>(rows)), std::get<1>(rows), std::get<2>(rows)},
+                              {at(std::get<0>(columns)), std::get<1>(columns), std::get<2>(columns)},
+                              at(columns_turned),
+                              edge,
+                              sizes[0],
+                              sizes[1],
+                              sizes[2],
+                              sizes[3],
+                              sizes[4],
+                              at(x),
+                              {x_stride[0], x_stride[1], x_stride[2]},
+                              at(y),
+                              at(keep),
+                              {keep_stride[0], keep_stride[1], keep_stride[2]},
+                              keep_is_bool,
+                              at<std::int8_t>(sign)};
+  const DeviceGuard guard(device);
+  check(pyface::cuda::spectral(call, at(scratch), at<CUstream_st>(stream)), "spectral");
+}
+
 PYBIND11_MODULE(_cuda, module) {
   using Released = py::call_guard<py::gil_scoped_release>;
   module.doc() = "CUDA cores of pyface. Addresses, sizes and strides in elements; nothing is checked here.";
@@ -299,4 +329,5 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("attention_forward", &attention_forward, Released());
   module.def("attention_backward", &attention_backward, Released());
   module.def("attention_sum", &attention_sum, Released());
+  module.def("spectral", &spectral, Released());
 }

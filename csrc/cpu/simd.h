@@ -34,8 +34,11 @@ typedef std::uint32_t u32v __attribute__((vector_size(kVectorBytes)));
 typedef std::int64_t i64v __attribute__((vector_size(kVectorBytes)));
 typedef std::uint16_t u16v __attribute__((vector_size(kVectorBytes / 2)));
 
-// Storage types. Arithmetic on bf16 happens in float.
+// Storage types. Arithmetic on bf16 and f16 happens in float.
 struct bf16 {
+  std::uint16_t bits;
+};
+struct f16 {
   std::uint16_t bits;
 };
 
@@ -48,6 +51,11 @@ struct Storage<float> {
 };
 template <>
 struct Storage<bf16> {
+  typedef float compute;
+  typedef f32v vector;
+};
+template <>
+struct Storage<f16> {
   typedef float compute;
   typedef f32v vector;
 };
@@ -90,6 +98,23 @@ PYFACE_INLINE f32v load(const bf16* p) {
   return (f32v)(__builtin_convertvector(h, u32v) << 16);
 }
 
+PYFACE_INLINE f32v load(const f16* p) {
+#if defined(__AVX512F__)
+  return (f32v)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
+#elif defined(__F16C__)
+  return (f32v)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i*)p));
+#else
+  u16v h;
+  std::memcpy(&h, p, sizeof h);
+  const u32v bits = __builtin_convertvector(h, u32v), sign = (bits & 0x8000u) << 16, rest = bits & 0x7fffu;
+  // the exponent moves by 112 = 127 - 15; subnormal numbers are whole multiples of 2^-24
+  const u32v normal = (rest << 13) + (112u << 23);
+  const f32v tiny = __builtin_convertvector((i32v)rest, f32v) * 5.9604644775390625e-8f;
+  const u32v wide = rest >= 0x7c00u ? (rest << 13) | 0x7f800000u : rest < 0x400u ? (u32v)tiny : normal;
+  return (f32v)(wide | sign);
+#endif
+}
+
 // Round to nearest, ties to even; a NaN stays a (quiet) NaN.
 PYFACE_INLINE u32v round_to_bf16(f32v v) {
   u32v bits = (u32v)v;
@@ -101,8 +126,29 @@ PYFACE_INLINE u32v round_to_bf16(f32v v) {
 PYFACE_INLINE void store(float* p, f32v v) { std::memcpy(p, &v, sizeof v); }
 PYFACE_INLINE void store(double* p, f64v v) { std::memcpy(p, &v, sizeof v); }
 PYFACE_INLINE void store(bf16* p, f32v v) {
+#if defined(__AVX512BF16__)
+  const __m256bh h = _mm512_cvtneps_pbh((__m512)v);  // the same, but for numbers below 2^-126, which become 0
+#else
   u16v h = __builtin_convertvector(round_to_bf16(v), u16v);
+#endif
   std::memcpy(p, &h, sizeof h);
+}
+PYFACE_INLINE void store(f16* p, f32v v) {
+#if defined(__AVX512F__)
+  _mm256_storeu_si256((__m256i*)p, _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#elif defined(__F16C__)
+  _mm_storeu_si128((__m128i*)p, _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+  const u32v bits = (u32v)v, sign = (bits >> 16) & 0x8000u, rest = bits & 0x7fffffffu;
+  // normal: round the mantissa to 10 bits in place (a carry moves the exponent, up to infinity), then move the exponent
+  const u32v normal = (rest + 0xfffu + ((rest >> 13) & 1u) - (112u << 23)) >> 13;
+  // below 2^-14 the sum with 1/2 has its last bit at 2^-24: the addition rounds
+  const u32v tiny = (u32v)((f32v)rest + 0.5f) - 0x3f000000u;
+  u32v half = rest < 0x38800000u ? tiny : rest >= 0x477ff000u ? 0x7c00u + u32v{} : normal;
+  half = rest > 0x7f800000u ? ((rest >> 13) & 0x3ffu) | 0x7e00u : half;
+  const u16v h = __builtin_convertvector(half | sign, u16v);
+  std::memcpy(p, &h, sizeof h);
+#endif
 }
 
 // Stores that bypass the caches, for results too large to be found there again. The address must be aligned to the vector.
@@ -119,6 +165,7 @@ PYFACE_INLINE void store_streaming(float* p, f32v v) {
 }
 PYFACE_INLINE void store_streaming(double* p, f64v v) { store_streaming((float*)p, (f32v)v); }
 PYFACE_INLINE void store_streaming(bf16* p, f32v v) { store(p, v); }  // half a vector: not worth a path of its own
+PYFACE_INLINE void store_streaming(f16* p, f32v v) { store(p, v); }
 
 PYFACE_INLINE void streaming_fence() {
 #if defined(__x86_64__)

@@ -123,6 +123,24 @@ def parse_parts(text: str, data: str) -> list[Part]:
     return [Part(home, None if names is None else tuple(names)) for home, names in chosen.items()]
 
 
+def test_parts(train_on: str, test_on: str, data: str) -> list[Part]:
+    """What ``--test-on`` says where it may also be "seen" or "unseen": families of ``data`` that are, or are not, in
+    ``train_on``. Otherwise, and for the errors, see :func:`parse_parts`.
+    """
+    if test_on not in ("seen", "unseen"):
+        return parse_parts(test_on, data)
+    trained = [part for part in parse_parts(train_on, data) if part.data == data]
+    seen = {name for part in trained for name in part.families or families(data)}
+    wanted = tuple(name for name in families(data) if (name in seen) == (test_on == "seen"))
+    if not wanted:
+        names = ", ".join(families(data)) or "none"
+        raise UserError(f"no family of {data} is {test_on}: train_on is {train_on!r}, the families are {names}")
+    return [Part(data, wanted)]
+
+
+test_parts.__test__ = False  # not a test, whatever its name
+
+
 def _parse_item(item: str, data: str) -> tuple[str, str | None]:
     if item == "all":
         return data, None

@@ -88,7 +88,7 @@ def _paint_noise(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def _paint_gradient(rng: np.random.Generator, size: int) -> np.ndarray:
-    y, x = np.mgrid[0:1 : size * 1j, 0:1 : size * 1j].astype(np.float32)
+    y, x = np.mgrid[0 : 1 : size * 1j, 0 : 1 : size * 1j].astype(np.float32)
     picture = np.zeros((size, size, 3), np.float32) + _colour(rng)
     for _ in range(rng.integers(1, 4)):
         angle = rng.uniform(0, 2 * np.pi)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 # Listed here so that asking for names loads no method; each module calls register_model when it is imported.
 _MODULES = {
+    "acmf": "pyface.methods.acmf",
     "gazeforensics": "pyface.methods.gazeforensics",
     "hida": "pyface.methods.hida",
     "proface_s": "pyface.methods.proface_s",

@@ -630,9 +630,7 @@ def _haar_into(name: str, x: Tensor, out: Tensor) -> Tensor:
     _check_haar(name, x)
     batch, channels, height, width = x.shape
     forward = name == "haar_dwt2d"
-    shape = (
-        (batch, 4 * channels, height // 2, width // 2) if forward else (batch, channels // 4, 2 * height, 2 * width)
-    )
+    shape = (batch, 4 * channels, height // 2, width // 2) if forward else (batch, channels // 4, 2 * height, 2 * width)
     if out.shape != shape or out.dtype != x.dtype or out.device != x.device:
         raise ValueError(
             f"{name}: out must be {shape}, {x.dtype} on {x.device}, got {tuple(out.shape)}, {out.dtype} on {out.device}"

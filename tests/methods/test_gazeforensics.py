@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from pyface.cli.main import app
 from pyface.data.images import write_png
-from pyface.data.protocols import FaceClip
+from pyface.data.protocols import FaceClip, test_parts
 from pyface.engine import Trainer
 from pyface.engine.checkpoint import load_weights, save_weights
 from pyface.errors import UserError
@@ -495,6 +495,19 @@ def test_a_run_and_its_evaluation(trained):
     result = CliRunner().invoke(app, ["evaluate", "gazeforensics", "--weights", str(root / "run"), "--json"])
     assert result.exit_code == 0, result.output
     assert json.loads(result.output)["evaluation"] == rows
+    chosen = ["--weights", str(root / "run"), "--test-on", "colour_transfer", "--json"]
+    result = CliRunner().invoke(app, ["evaluate", "gazeforensics", *chosen])
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.output)["evaluation"] == [rows[1]]
+
+
+def test_unseen_families_are_those_not_trained_on(trained):
+    _, config, made, network = trained
+    other = Recipe(dataclasses.replace(config, test_on="unseen", train_on="all"))
+    with pytest.raises(UserError, match="no family of procedural is unseen"):
+        other.evaluate(network)
+    tested = [test_parts("texture,splice", which, "procedural")[0].families for which in ("seen", "unseen")]
+    assert tested == [("texture", "splice"), ("blend_swap", "reenactment", "colour_transfer")]
 
 
 def test_weights_are_chosen_by_validation_and_say_what_they_are(trained):

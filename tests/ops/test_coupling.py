@@ -116,9 +116,7 @@ def test_gradcheck_to_second_order(path, activation, inverse, log_det):
     inputs = triple(2, 3, 3, dtype=torch.float64, requires_grad=True)
 
     def f(x, s, t):
-        return affine_coupling(
-            x, s, t, clamp=1.5, clamp_activation=activation, inverse=inverse, return_log_det=log_det
-        )
+        return affine_coupling(x, s, t, clamp=1.5, clamp_activation=activation, inverse=inverse, return_log_det=log_det)
 
     with pyface.paths(path):
         assert torch.autograd.gradcheck(f, inputs, check_forward_ad=True, check_batched_grad=True)
@@ -232,9 +230,7 @@ def test_log_scale_is_odd_bounded_and_monotone(case):
 def test_zero_log_scale_adds_the_shift_bitwise(path, activation):
     x, _, t = triple(3, 100)
     with pyface.paths(path):
-        y, log_det = affine_coupling(
-            x, torch.zeros_like(x), t, clamp_activation=activation, return_log_det=True
-        )
+        y, log_det = affine_coupling(x, torch.zeros_like(x), t, clamp_activation=activation, return_log_det=True)
     assert torch.equal(y, x + t)
     assert torch.equal(log_det, torch.zeros(3))
 

@@ -3,8 +3,13 @@ types, the same bits, torch integration, and the C++ core under sanitizers."""
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import math
+import os
+import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,10 +18,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import pyface
-from pyface.ops import high_pass, mask_high_frequencies, spectral_filter
+from pyface.ops import _paths, high_pass, mask_high_frequencies, spectral_filter
 from pyface.ops.reference import spectral as reference
 
-PATHS = ["reference"]
+CPU = _paths.load_module("_cpu")[0]
+CSRC = Path(__file__).resolve().parents[2] / "csrc"
+PATHS = ["reference", "cpu"]
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 SIZES = [(1, 1), (1, 9), (2, 3), (5, 1), (7, 8), (8, 8), (9, 16), (16, 9), (33, 33), (33, 20), (24, 112)]
 SMALL = [(4, 5), (1, 6)]
@@ -535,3 +542,86 @@ def test_exports_and_survives_autocast():
     with torch.autocast("cpu", dtype=BF16):
         assert torch.equal(mask_high_frequencies(x, keep), Net()(x, keep))
         assert mask_high_frequencies(x, keep).dtype == F32
+
+
+# ---- every instruction set, the same bits, the core by itself -------------------------------------------------------
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+def test_every_isa(isa, dtype, symmetric):
+    for shape, d in [((3, 37, 83), (5, 4)), ((2, 16, 16), (3, 9)), ((2, 3, 9, 34), (12, 11)), ((1, 5, 2), (1, 1))]:
+        x, keep = natural(*shape, dtype=dtype), torch.rand(shape[-2:]) > 0.4
+        y = x.clone().requires_grad_()
+        found = under("cpu", mask_high_frequencies, y, keep, d, symmetric=symmetric)
+        exact, sign = reference.mask_high_frequencies(x.double(), keep, d, symmetric)
+        allowed = {F64: 1e-13, F32: 2e-6, BF16: 2**-8, F16: 2**-11}[dtype] * x.abs().max().double()
+        assert (found.double() - exact).abs().max() <= allowed
+        grad = torch.randn(shape).to(dtype)
+        got = torch.autograd.grad(found, y, grad)[0]
+        near = reference.high_pass(x.double(), d, symmetric).abs() < 1e-5  # its sign is open
+        if not near.any():
+            exact = reference.mask_high_frequencies_backward(grad.double(), sign, keep, d, symmetric)
+            assert (got.double() - exact).abs().max() <= 8 * allowed + 1e-6 * (dtype != F64)
+
+
+def test_float16_and_bfloat16_numbers_survive_the_trip(isa):
+    """All 65536 of them, NaN aside, through the loads and stores: nothing is low, and the mask keeps every pixel."""
+    for dtype in (F16, BF16):
+        bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+        x = bits.view(dtype)
+        x = x[x.isfinite() & ((x.abs() >= torch.finfo(dtype).tiny) | (dtype == F16))]
+        plane = x[: x.numel() // 64 * 64].view(-1, 64)
+        y = under("cpu", mask_high_frequencies, plane, torch.ones_like(plane, dtype=torch.bool), 2)
+        assert torch.equal(y.view(torch.int16), plane.view(torch.int16))
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+def test_bits_do_not_depend_on_threads_or_the_batch(isa, dtype):
+    threads = torch.get_num_threads()
+    x, keep = natural(11, 70, 99, dtype=dtype), torch.rand(70, 99) > 0.4
+    grad, sign = torch.randn(11, 70, 99).to(dtype), torch.randint(-1, 2, (11, 70, 99), dtype=torch.int8)
+    backward = torch.ops.pyface.mask_high_frequencies_backward
+
+    def both(rows):
+        return mask_high_frequencies(x[rows], keep, 7), backward(grad[rows], sign[rows], keep, [7, 7], False, "cpu")
+
+    try:
+        torch.set_num_threads(1)
+        expected = both(slice(None))
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for rows in (slice(None), slice(3, 4), slice(2, 10)):  # whole planes to a thread, and shared ones
+                assert all(torch.equal(a, b[rows]) for a, b in zip(both(rows), expected))
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (CXX or g++)")
+def test_core_under_sanitizers(tmp_path):
+    program = tmp_path / "spectral"
+    command = [
+        os.environ.get("CXX", "g++"), "-std=c++17", "-O0", "-g1", "-march=native", f"-DPYFACE_ISA={CPU.isas()[-1]}",
+        "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-ignored-attributes", "-fopenmp",
+        "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}", f"-I{CSRC / 'include'}",
+        CSRC / "cpu" / "spectral.cpp", Path(__file__).with_name("spectral_sanitized.cpp"), "-o", program,
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    done = subprocess.run([program], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr[-4000:]
+
+
+def test_the_largest_blocks_go_to_a_transform_and_mean_the_same():
+    core = importlib.import_module("pyface.ops.spectral")
+    assert not core._transform_is_faster((224, 224), (32, 32))
+    assert core._transform_is_faster((224, 224), (80, 80))
+    assert not core._transform_is_faster((299, 299), (149, 149))
+    for d in (79, 80):
+        x, keep = natural(2, 224, 224, dtype=F32).requires_grad_(), torch.rand(224, 224) > 0.5
+        y = under("cpu", mask_high_frequencies, x, keep, d)
+        expected = under("reference", mask_high_frequencies, x, keep, d)
+        torch.testing.assert_close(y, expected, rtol=0, atol=3e-6)
+        torch.testing.assert_close(
+            under("cpu", high_pass, x, d), under("reference", high_pass, x, d), rtol=0, atol=3e-6
+        )

@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 
 from pyface import engine
 from pyface.backbones import create_backbone
-from pyface.data.protocols import FaceClip, Part, describe, face_clips, families, parse_parts
+from pyface.data.protocols import FaceClip, Part, describe, face_clips, families, parse_parts, test_parts
 from pyface.engine import PROCEDURAL, TrainConfig, setting
 from pyface.errors import UserError
 from pyface.methods.gazeforensics import losses
@@ -61,7 +61,9 @@ class Config(TrainConfig):
     checkpoint_every: int = setting(0, "steps between checkpoints; 0 writes one after each epoch", free=True)
     stage: Literal["detector", "teacher"] = setting("detector", "what is trained")
     train_on: str = setting("all", "forgery families of data, or data sets, to train on; separated by commas")
-    test_on: str = setting("all", "the same, to test on", free=True)
+    test_on: str = setting(
+        "all", "the same, to test on; also seen and unseen: families that are or are not trained on", free=True
+    )
     cache: str = setting(
         "none", "folder to keep face crops in; none takes the run's, and memory when testing", free=True
     )
@@ -362,7 +364,7 @@ class Recipe(engine.Recipe):
         if self.is_teacher:
             return [self._gaze_row(network, "test")]
         rows = []
-        for part in parse_parts(self.config.test_on, self.config.data):
+        for part in test_parts(self.config.train_on, self.config.test_on, self.config.data):
             videos = self._part(part, "test", self.config.tests, self._own_cache())
             scores = self.scores(network, videos)
             names = part.families or families(part.data)

@@ -45,8 +45,9 @@ class Config(TrainConfig):
         "paper": {},
         "tiny": {
             "width": 16, "critic_width": 16, "faces": 400, "rough": 0.4, "flat": 0.1, "jitter": 0.5, "redraw": False,
-            "texture_target": "sketch", "pixel": 10.0, "together": True, "epochs": None, "steps": 2000, "batch_size": 3,
-            "lr": 2e-3, "ema": 0.99, "checkpoint_every": 250, "validate_every": 1000, "validation": 4, "log_every": 50,
+            "texture_target": "sketch", "pixel": 10.0, "together": True, "epochs": None, "steps": 1200, "batch_size": 3,
+            "lr": 1e-3, "clip": 10.0, "ema": 0.99, "checkpoint_every": 200, "validate_every": 600, "validation": 4,
+            "log_every": 50,
         },
     }  # fmt: skip
 
