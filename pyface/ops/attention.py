@@ -77,7 +77,7 @@ def _check(query, key, value, extra_key, extra_value, extra_bias, prior, is_caus
         raise ValueError(
             f"attention: grid_width must be at least 1 and smooth positive, got {grid_width} and {smooth}"
         )
-    if not math.isfinite(scale):
+    if not -math.inf < scale < math.inf:  # a comparison, which torch.compile can trace
         raise ValueError(f"attention: scale must be finite, got {scale}")
     if max(query.shape[2], size + max(extras, 0)) >= 2**31:
         raise ValueError("attention: at most 2^31 - 1 queries, and as many keys and extra rows together")
@@ -428,10 +428,10 @@ _AXES = (1, 1, 1, 1, 1, 0, 1)  # of the heads in the seven tensors
 
 
 def _unfold(size: int, found: tuple[Tensor, ...], axes: tuple[int, ...]):
-    results, dims = [], []
+    results, dims, some = [], [], next(t for t in found if t is not None)
     for t, axis in zip(found, axes, strict=True):
-        absent = t.dim() == 1 and t.numel() == 0  # what was not asked for
-        results.append(t.new_empty(size, 0) if absent else t.unflatten(axis, (size, t.shape[axis] // size)))
+        absent = t is None or (t.dim() == 1 and t.numel() == 0)  # what was not asked for
+        results.append(some.new_empty(size, 0) if absent else t.unflatten(axis, (size, t.shape[axis] // size)))
         dims.append(0 if absent else axis)
     return tuple(results), tuple(dims)
 
