@@ -21,8 +21,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-CPU_CORES = ["coupling", "deform_conv", "dense_block"]
-CUDA_CORES = ["coupling", "deform_conv"]
+CPU_CORES = ["attention", "coupling", "deform_conv", "dense_block"]
+CUDA_CORES = ["attention", "coupling", "deform_conv"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
 X86_ISAS = {
     "baseline": [],

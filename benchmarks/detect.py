@@ -71,8 +71,8 @@ def cases(options: Options) -> list[Case]:
             target,
             seconds=1,
         ),
-        Case("detection", "parts", f"{part} s of {pixels}", lambda: _parts(part, size), SECOND, seconds=10),
-        Case("detection", "one frame", pixels, lambda: _frame(part, size), "search", seconds=3),
+        Case("detection", "parts", f"{part} s of {pixels}", lambda: _parts(seconds, part, size), SECOND, seconds=10),
+        Case("detection", "one frame", pixels, lambda: _frame(seconds, size), "search", seconds=3),
     ]
 
 
@@ -87,8 +87,8 @@ def _whole(seconds: int, size: tuple[int, int]) -> list[Peer]:
     return [Peer(OURS, ours, (SECOND, float(seconds)), required=True), _second()]
 
 
-def _parts(seconds: int, size: tuple[int, int]) -> list[Peer]:
-    path, detector, count = _clip(seconds, size), FrameWise(), seconds * FPS
+def _parts(seconds: int, part: int, size: tuple[int, int]) -> list[Peer]:
+    path, detector, count = _clip(seconds, size), FrameWise(), part * FPS
     follow, crops = fitted(Follow(), detector), torch.rand(count, 3, 224, 224)
 
     def read():
@@ -100,7 +100,7 @@ def _parts(seconds: int, size: tuple[int, int]) -> list[Peer]:
         "decode, find, cut": lambda: sum(1 for _ in follow(read())),
         "score": lambda: detector.score(crops),
     }
-    peers = [Peer(name, call, (SECOND, float(seconds)), required=True) for name, call in calls.items()]
+    peers = [Peer(name, call, (SECOND, float(part)), required=True) for name, call in calls.items()]
     return [*peers, _second()]
 
 

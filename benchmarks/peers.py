@@ -288,3 +288,76 @@ def flops(subnets: Sequence[nn.Module], batch: int, height: int, width: int) -> 
     """Floating-point operations of the convolutions of sub-nets, a multiplication and an addition counted as two."""
     weights = [conv.weight for subnet in subnets for conv in subnet.children()]
     return 2.0 * batch * height * width * sum(weight.numel() for weight in weights)
+
+
+# ---- attention with extra rows ---------------------------------------------------------------------------------------
+# query Tensor[B, H, L, E], key and value Tensor[B, H, S, E], extra rows Tensor[H, R, E].
+
+
+def causal_mask(queries: int, keys: int, rows: int, like: Tensor, pad: int = 0) -> Tensor:
+    """Additive Tensor[L, R + S + pad]: rows seen by all, keys lower right aligned, and hidden padding."""
+    visible = torch.ones(queries, keys, dtype=torch.bool, device=like.device).tril(keys - queries)
+    visible = F.pad(F.pad(visible, (rows, 0), value=True), (0, pad), value=False)
+    return torch.zeros(visible.shape, dtype=like.dtype, device=like.device).masked_fill(~visible, -torch.inf)
+
+
+def cat_rows(rows: Tensor, t: Tensor, pad: int = 0) -> Tensor:
+    """Rows in front of keys or values, and zeros behind them."""
+    parts = [rows.expand(len(t), -1, -1, -1), t]
+    return torch.cat(parts + ([t.new_zeros(*t.shape[:2], pad, t.shape[3])] if pad else []), 2)
+
+
+def cat_attention(query, key, value, extra_key, extra_value, mask: Tensor | None, pad: int = 0) -> Tensor:
+    """`torch.cat` and SDPA. The mask is made beforehand."""
+    key, value = cat_rows(extra_key, key, pad), cat_rows(extra_value, value, pad)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
+
+
+def trick_attention(query, key, value, extra_key, extra_value) -> Tensor:
+    """R queries too many in front, so that torch's `is_causal`, upper left aligned, hides the right keys (L = S)."""
+    rows = extra_key.shape[1]
+    query = torch.cat((query.new_zeros(*query.shape[:2], rows, query.shape[3]), query), 2)
+    key, value = cat_rows(extra_key, key), cat_rows(extra_value, value)
+    return F.scaled_dot_product_attention(query, key, value, is_causal=True)[:, :, rows:]
+
+
+def softmax_attention(query, key, value, extra_key, extra_value, mask: Tensor | None) -> Tensor:
+    """Two matrix products around a softmax."""
+    key, value = cat_rows(extra_key, key), cat_rows(extra_value, value)
+    scores = query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5
+    return torch.softmax(scores if mask is None else scores + mask, -1) @ value
+
+
+def flex_attention(query, key, value, extra_key, extra_value, is_causal: bool) -> Callable[[], Tensor]:
+    """torch's FlexAttention after a cat, compiled, its block mask made beforehand."""
+    from torch.nn.attention.flex_attention import create_block_mask
+    from torch.nn.attention.flex_attention import flex_attention as flex
+
+    rows, queries, keys = extra_key.shape[1], query.shape[2], key.shape[2]
+
+    def visible(b, h, i, j):
+        return j <= i + rows + keys - queries
+
+    # Rows come first: with their number added, the one comparison shows them to every query (S >= L).
+    mask = create_block_mask(visible, None, None, queries, rows + keys, device=query.device) if is_causal else None
+    fast = compiled(flex)
+    return lambda: fast(query, cat_rows(extra_key, key), cat_rows(extra_value, value), block_mask=mask)
+
+
+def prior_of_all_keys(centre: Tensor, sharpness: Tensor, keys: int, grid_width: int, smooth: float) -> Tensor:
+    """Tensor[B, H, L, S], as SeqFakeFormer's and SMCA-DETR's users compute it: distances first."""
+    place = torch.arange(keys, device=centre.device)
+    grid = torch.stack((place % grid_width, place // grid_width), -1).to(centre.dtype)
+    return -((centre.unsqueeze(-2) - grid).square() * sharpness.unsqueeze(-2)).sum(-1) / smooth
+
+
+def softmax_prior_attention(query, key, value, centre, sharpness, grid_width: int, smooth: float) -> Tensor:
+    """Scores, prior and weights as tensors."""
+    prior = prior_of_all_keys(centre, sharpness, key.shape[2], grid_width, smooth)
+    return torch.softmax(query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5 + prior, -1) @ value
+
+
+def sdpa_prior_attention(query, key, value, centre, sharpness, grid_width: int, smooth: float) -> Tensor:
+    """The prior as SDPA's additive mask."""
+    prior = prior_of_all_keys(centre, sharpness, key.shape[2], grid_width, smooth)
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=prior)

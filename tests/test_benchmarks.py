@@ -24,7 +24,7 @@ from pyface.ops.reference import coupling as twin
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 harness, coupling = _load(FOLDER, "coupling")
-from benchmarks import deform_conv, peers, proface_s  # noqa: E402 - _load has made the package known
+from benchmarks import attention, deform_conv, peers, proface_s  # noqa: E402 - _load has made the package known
 
 QUICK = harness.Options(quick=True)
 
@@ -287,12 +287,14 @@ def test_flops_count_what_torch_counts():
 
 SAME_RESULT = (
     "FrEIA", "HiNet", "dense conv2d", "pyface.ops.dense_block fp32", "cat, NCHW fp32", "cat, channels_last fp32",
-    "torchvision", "ONNX Runtime",
+    "torchvision", "ONNX Runtime", attention.CAT, f"{attention.CAT}, padded to 16", attention.TRICK,
+    "cat, softmax, products", "torch, add_bias_kv", "prior, softmax, products", "prior as SDPA's mask",
 )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    "make_cases", [coupling.cases, deform_conv.cases, proface_s.cases], ids=["coupling", "deform_conv", "proface_s"]
+    "make_cases", [attention.cases, coupling.cases, deform_conv.cases, proface_s.cases],
+    ids=["attention", "coupling", "deform_conv", "proface_s"],
 )
 def test_results_of_one_case_agree(make_cases):
     """Peers that return the very thing pyface returns must return the same values, gradients too."""
@@ -313,6 +315,14 @@ def test_results_of_one_case_agree(make_cases):
                 )
                 checked += 1
     assert checked >= 4
+
+
+@pytest.mark.parametrize("shape", attention.QUICK, ids=lambda shape: shape.title)
+def test_flex_attention_agrees(shape, monkeypatch):
+    monkeypatch.setattr(peers, "compiled", lambda function: function)  # what it computes, without minutes of compiling
+    tensors = attention._tensors(QUICK, shape, torch.float32)
+    found = peers.flex_attention(*tensors, shape.is_causal)()
+    torch.testing.assert_close(found, attention._ours(tensors, shape)(), rtol=1e-4, atol=1e-5)
 
 
 def test_openvino_computes_the_same_without_the_bias():

@@ -90,15 +90,38 @@ def test_deform_conv_is_multiplied_by_tensor_cores_where_its_types_allow(tmp_pat
 
 
 @pytest.mark.slow
+def test_attention_is_multiplied_by_tensor_cores_where_its_types_allow(tmp_path):
+    ptx = tmp_path / "attention.ptx"
+    nvcc(*FLAGS, "-ptx", "-arch=compute_80", CSRC / "cuda" / "attention.cu", "-o", ptx)
+    _, *pieces = re.split(r"\.entry (\w+)\(", ptx.read_text())
+    counted = {"forward": 0, "backward": 0}
+    cores = {"6__half": "f16.f16", "13__nv_bfloat16": "bf16.bf16"}
+    for name, body in zip(pieces[::2], pieces[1::2], strict=True):
+        kind = re.search(r"(forward|backward)_kernelI(f|d|6__half|13__nv_bfloat16)Lb([01])E", name)
+        assert not re.search(r"div\.(approx|full)", body), f"{name}: fast-math slipped in"
+        assert "atom" not in body, f"{name}: a sum in no fixed order"
+        if not kind:
+            continue
+        counted[kind[1]] += 1
+        type_ = "tf32.tf32" if kind[3] == "1" else cores.get(kind[2])
+        products = re.findall(r"mma\.sync\S+", body)
+        assert bool(products) == (type_ is not None), name
+        assert all(f".f32.{type_}.f32" in line for line in products), name
+        assert ("ldmatrix" in body) == (kind[2] in cores), name
+        assert re.search(r"ld\.global\.nc\.v4", body), f"{name}: rows are not read 16 bytes at a time"
+    assert counted == {"forward": 7, "backward": 5}
+
+
+@pytest.mark.slow
 def test_module_links_and_imports_without_a_gpu(tmp_path):
     pybind11 = pytest.importorskip("pybind11")
-    objects = [tmp_path / "coupling.o", tmp_path / "deform_conv.o", tmp_path / "bindings.o"]
+    objects = [tmp_path / f"{name}.o" for name in ("attention", "coupling", "deform_conv", "bindings")]
     flags = [*FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", '-DPYFACE_CUDA_ARCHS="80;90"']
     archs = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]", "--threads=2"]
-    for target in objects[:2]:
+    for target in objects[:-1]:
         nvcc(*flags, *archs, "-c", CSRC / "cuda" / f"{target.stem}.cu", "-o", target)
     includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    nvcc(*flags, *includes, "-c", CSRC / "bindings" / "cuda.cpp", "-o", objects[2])
+    nvcc(*flags, *includes, "-c", CSRC / "bindings" / "cuda.cpp", "-o", objects[-1])
     module = tmp_path / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     nvcc("-shared", "-cudart=static", *objects, "-o", module)
     code = """
@@ -114,9 +137,14 @@ except RuntimeError as error:
 if devices == 0:
     # The op table's own calls reach the runtime (their arguments fit) and come back as its error.
     import torch
+    from pyface.ops import _attention_gpu
     from pyface.ops._deform_conv_gpu import Cuda
     from pyface.ops.coupling import _Cuda
 
+    attention = _attention_gpu.Cuda(_cuda)
+    attention.where = lambda tensor: (0, 0)
+    heads, rows, lse = torch.zeros(2, 3, 5, 8), torch.zeros(1, 3, 2, 8), torch.zeros(2, 3, 5)
+    every = heads, heads, heads, rows, rows, torch.zeros(3, 2), torch.zeros(2, 3, 5, 4)
     conv = Cuda(_cuda)
     conv.where = lambda tensor: (0, 0)
     geometry = (1, 1), (1, 1), (1, 1)
@@ -135,6 +163,10 @@ if devices == 0:
         lambda: conv.forward(*tensors, None, mask, *geometry),
         lambda: conv.forward(*tensors, torch.zeros(6), None, *geometry),
         *(lambda needs=needs: conv.backward(grad, *tensors, mask, *geometry, needs) for needs in ones),
+        lambda: attention.forward(*every, True, 0.5, 5, 4.0, True),
+        lambda: attention.forward(*every[:3], None, None, None, None, False, 0.5, 1, 1.0, False),
+        lambda: attention.backward(heads, lse, *every, heads, lse, True, 0.5, 5, 4.0, [True] * 7),
+        lambda: attention.sum(torch.zeros(2, 3), torch.float32),
         lambda: torch.use_deterministic_algorithms(True) or conv.backward(grad, *tensors, mask, *geometry, ones[0]),
     ):
         try:

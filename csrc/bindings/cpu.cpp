@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "cpu/attention.h"
 #include "cpu/coupling.h"
 #include "cpu/deform_conv.h"
 #include "cpu/dense_block.h"
@@ -199,6 +200,54 @@ void deform_conv_backward(const std::array<std::int64_t, 9>& sizes, const std::a
                [&](void* scratch) { PYFACE_CALL(deform_conv_backward, args, scratch, threads); });
 }
 
+// (address, batch stride, head stride, row stride)
+typedef std::tuple<Address, std::int64_t, std::int64_t, std::int64_t> RowsTuple;
+
+AttentionTensor rows(const RowsTuple& t) {
+  const auto& [data, batch, head, row] = t;
+  return {out(data), {batch, head, row}};
+}
+
+// (batch, heads, queries, keys, extras, depth, width); tensors: query, key, value, extra key, extra value, result.
+AttentionCall attention_call(const std::array<std::int64_t, 7>& sizes, const std::array<RowsTuple, 6>& tensors, Address bias,
+                             const std::array<std::int64_t, 2>& bias_strides, Address lse, Address prior,
+                             std::int64_t grid_width, double smooth, double scale, int type, int extra_type, bool causal) {
+  const auto& [batch, heads, queries, keys, extras, depth, width] = sizes;
+  return {batch, heads, queries, keys, extras, depth, width, rows(tensors[0]), rows(tensors[1]), rows(tensors[2]),
+          rows(tensors[3]), rows(tensors[4]), rows(tensors[5]), in(bias), {bias_strides[0], bias_strides[1]}, out(lse),
+          in(prior), grid_width, smooth, scale, static_cast<DType>(type), static_cast<DType>(extra_type), causal};
+}
+
+void attention(const std::array<std::int64_t, 7>& sizes, const std::array<RowsTuple, 6>& tensors, Address bias,
+               const std::array<std::int64_t, 2>& bias_strides, Address lse, Address prior, std::int64_t grid_width,
+               double smooth, double scale, int type, int extra_type, bool causal, int threads) {
+  const AttentionCall args = attention_call(sizes, tensors, bias, bias_strides, lse, prior, grid_width, smooth, scale, type,
+                                            extra_type, causal);
+  const std::int64_t bytes = PYFACE_CALL(attention_scratch, args, threads);
+  with_scratch("attention", bytes, [&](void* scratch) { PYFACE_CALL(attention, args, scratch, threads); });
+}
+
+// grads: of the result (read), then of query, key and value; a null address is not computed.
+void attention_backward(const std::array<std::int64_t, 7>& sizes, const std::array<RowsTuple, 6>& tensors, Address bias,
+                        const std::array<std::int64_t, 2>& bias_strides, Address lse, Address prior,
+                        std::int64_t grid_width, double smooth, double scale, int type, int extra_type, bool causal,
+                        const std::array<RowsTuple, 4>& grads, Address grad_lse, Address grad_extra_key,
+                        Address grad_extra_value, Address grad_bias, Address grad_prior, int threads) {
+  const AttentionCall args = attention_call(sizes, tensors, bias, bias_strides, lse, prior, grid_width, smooth, scale, type,
+                                            extra_type, causal);
+  const AttentionBackward wanted{rows(grads[0]),      in(grad_lse),          rows(grads[1]),  rows(grads[2]), rows(grads[3]),
+                                 out(grad_extra_key), out(grad_extra_value), out(grad_bias), out(grad_prior)};
+  const std::int64_t bytes = PYFACE_CALL(attention_backward_scratch, args, threads);
+  with_scratch("attention_backward", bytes,
+               [&](void* scratch) { PYFACE_CALL(attention_backward, args, wanted, scratch, threads); });
+}
+
+void attention_sum(Address parts, std::int64_t batch, std::int64_t size, int type, Address result, int result_type,
+                   int threads) {
+  PYFACE_CALL(attention_sum, in(parts), batch, size, static_cast<DType>(type), out(result), static_cast<DType>(result_type),
+              threads);
+}
+
 void set_isa(const std::string& name) {
   for (int i = 0; i <= static_cast<int>(cpu::best_isa()); ++i)
     if (name == kIsaNames[i]) {
@@ -218,6 +267,9 @@ py::list isas() {
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "CPU cores of pyface: plain functions on addresses, sizes and strides";
+  m.def("attention", &attention);
+  m.def("attention_backward", &attention_backward);
+  m.def("attention_sum", &attention_sum);
   m.def("coupling_forward", &coupling_forward);
   m.def("coupling_backward", &coupling_backward);
   m.def("haar", &haar);

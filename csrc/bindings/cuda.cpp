@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cuda/attention.h"
 #include "cuda/coupling.h"
 #include "cuda/deform_conv.h"
 
@@ -191,6 +192,59 @@ void deform_conv_weight(const Sizes& sizes, const Geometry& geometry, Address in
         "deform_conv_weight");
 }
 
+// (batch, heads, queries, keys, extra rows, columns of query and key, of value); a tensor is (address, strides of sample,
+// head and row).
+using AttentionSizes = std::array<std::int64_t, 7>;
+using Rows = std::pair<Address, Strides>;
+
+pyface::cuda::AttentionTensor rows(const Rows& t) { return {at(t.first), {t.second[0], t.second[1], t.second[2]}}; }
+
+pyface::cuda::AttentionCall attention_call(const AttentionSizes& sizes, const std::array<Rows, 6>& tensors, Address bias,
+                                           const std::array<std::int64_t, 2>& bias_strides, Address lse, Address prior,
+                                           std::int64_t grid_width, double smooth, double scale, int type, int extra_type,
+                                           bool causal, bool tf32) {
+  const auto& [b, h, l, s, r, e, ev] = sizes;
+  const auto& [query, key, value, extra_key, extra_value, out] = tensors;
+  return {b,         h,          l,           s,
+          r,         e,          ev,          rows(query),
+          rows(key), rows(value), rows(extra_key), rows(extra_value),
+          rows(out), at(bias),   {bias_strides[0], bias_strides[1]}, at(lse),
+          at(prior), grid_width, smooth,      scale,
+          static_cast<DType>(type), static_cast<DType>(extra_type), causal, tf32};
+}
+
+void attention_forward(const AttentionSizes& sizes, const std::array<Rows, 6>& tensors, Address bias,
+                       const std::array<std::int64_t, 2>& bias_strides, Address lse, Address prior,
+                       std::int64_t grid_width, double smooth, double scale, int type, int extra_type, bool causal,
+                       bool tf32, int device, Address stream) {
+  const auto call = attention_call(sizes, tensors, bias, bias_strides, lse, prior, grid_width, smooth, scale, type,
+                                   extra_type, causal, tf32);
+  const DeviceGuard guard(device);
+  check(pyface::cuda::attention_forward(call, at<CUstream_st>(stream)), "attention_forward");
+}
+
+// Gradients of query, key and value; of extra keys, extra values, bias and prior.
+void attention_backward(const AttentionSizes& sizes, const std::array<Rows, 6>& tensors, Address bias,
+                        const std::array<std::int64_t, 2>& bias_strides, Address lse, Address prior,
+                        std::int64_t grid_width, double smooth, double scale, int type, int extra_type, bool causal,
+                        bool tf32, const Rows& grad_out, Address grad_lse, Address delta,
+                        const std::array<Rows, 3>& grads, const std::array<Address, 4>& sums, int device, Address stream) {
+  const auto call = attention_call(sizes, tensors, bias, bias_strides, lse, prior, grid_width, smooth, scale, type,
+                                   extra_type, causal, tf32);
+  const pyface::cuda::AttentionBackward wanted{rows(grad_out), at(grad_lse), at(delta),   rows(grads[0]), rows(grads[1]),
+                                               rows(grads[2]), at(sums[0]),  at(sums[1]), at(sums[2]),    at(sums[3])};
+  const DeviceGuard guard(device);
+  check(pyface::cuda::attention_backward(call, wanted, at<CUstream_st>(stream)), "attention_backward");
+}
+
+void attention_sum(Address parts, std::int64_t batch, std::int64_t size, int type, Address out, int out_type, int device,
+                   Address stream) {
+  const DeviceGuard guard(device);
+  check(pyface::cuda::attention_sum(at(parts), batch, size, static_cast<DType>(type), at(out),
+                                    static_cast<DType>(out_type), at<CUstream_st>(stream)),
+        "attention_sum");
+}
+
 py::dict build_info() {
   py::dict info;
   info["nvcc"] = std::to_string(__CUDACC_VER_MAJOR__) + "." + std::to_string(__CUDACC_VER_MINOR__) + "." +
@@ -241,4 +295,8 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("deform_conv_columns", &deform_conv_columns, Released());
   module.def("deform_conv_gather", &deform_conv_gather, Released());
   module.def("deform_conv_weight", &deform_conv_weight, Released());
+
+  module.def("attention_forward", &attention_forward, Released());
+  module.def("attention_backward", &attention_backward, Released());
+  module.def("attention_sum", &attention_sum, Released());
 }

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pyface.cli.train import Method, Settings, read_config, show_table
+from pyface.cli.train import Method, Settings, TestOn, TrainOn, read_config, show_table
 from pyface.errors import UserError
 
 if TYPE_CHECKING:
@@ -36,6 +36,12 @@ def evaluate(
             metavar="DIR", help="Folder of the data set, or procedural [default: the run's].", show_default=False
         ),
     ] = None,
+    train_on: TrainOn = None,
+    test_on: TestOn = None,
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "--out", "-o", help="Folder of the run that --train-on makes [default: runs/METHOD]."),
+    ] = None,
     preset: Annotated[str | None, typer.Option(help="Named settings, where no run gives them.")] = None,
     settings: Settings = None,
     csv_file: Annotated[
@@ -44,7 +50,12 @@ def evaluate(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file of --csv.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Measure weights on a method's test data, and print the table."""
+    """Measure weights on a method's test data, and print the table.
+
+    Forgery detectors, cross-forgery: `--train-on splice,texture --test-on unseen` without `--weights` trains on some
+    families first, in OUTPUT (and goes on with what is there), then tests on others. With `--weights`, `--train-on`
+    only says what these were trained on, where no run does.
+    """
     from pyface.data.images import refuse_existing, replacing
     from pyface.methods import find_recipe
 
@@ -62,9 +73,16 @@ def evaluate(
                 f"{weights.parent} holds a run that has not ended; go on with it by 'pyface train {method} --resume "
                 f"--out {weights.parent}', or give one of its files of weights"
             )
-    config = read_config(recipe_class, preset, record, {"data": data}, settings)
+    changes = {"data": data, "train_on": train_on, "test_on": test_on}
+    config = read_config(recipe_class, preset, record, changes, settings)
     recipe = recipe_class(config)
-    network, source = _load(recipe, method, weights)
+    if weights is None and train_on is not None:
+        from pyface.engine import Trainer
+
+        trainer = Trainer(recipe, output or Path("runs") / method, resume=True, quiet=as_json)
+        network, source = trainer.fit(), trainer.weights
+    else:
+        network, source = _load(recipe, method, weights)
     rows = recipe.evaluate(network)
     if csv_file is not None:
         text = io.StringIO()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -37,6 +38,10 @@ def synthesize(
         int | None,
         typer.Option("--image-size", min=16, help="Pixels [default: as in the real data set]."),
     ] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option("--workers", min=1, help="Processes that make videos [default: one per core]."),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON, no progress bar.")] = False,
 ) -> None:
     """Write a data set of people who do not exist, laid out as a real one, for its reader to read.
@@ -47,9 +52,11 @@ def synthesize(
     from pyface.data.sets.synthesis import synthesize as write
 
     about = find_layout(layout)
+    if workers is None:
+        workers = _cores() if about.processes else 1
     started = time.perf_counter()
     with _bar(layout, hidden=as_json) as progress:
-        write(layout, out, count, seed=seed, image_size=image_size, progress=progress)
+        write(layout, out, count, seed=seed, image_size=image_size, progress=progress, workers=workers)
     seconds = time.perf_counter() - started
     if as_json:
         import json
@@ -58,6 +65,11 @@ def synthesize(
         return
     typer.echo(f"{out} holds {count} {about.counts}, laid out as {layout} ({seconds:.1f} s)")
     typer.echo(f"try: pyface data summary {out}")
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @contextlib.contextmanager

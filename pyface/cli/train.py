@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from pyface.engine import Recipe, TrainConfig
 
 Method = Annotated[str, typer.Argument(metavar="METHOD", help="A method's name, such as proface_s.")]
+TrainOn = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FAMILIES", help="Forgery detectors: train on these families only, as 'splice,texture'. [default: all]"
+    ),
+]
+TestOn = Annotated[
+    str | None,
+    typer.Option(metavar="FAMILIES", help="Test on these, other data sets, seen or unseen ones. [default: all]"),
+]
 Settings = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Change a setting; may be given often. See --show-config."),
@@ -32,6 +42,8 @@ def train(
     data: Annotated[
         str | None, typer.Option(metavar="DIR", help="Folder of the data set, or procedural.", show_default=False)
     ] = None,
+    train_on: TrainOn = None,
+    test_on: TestOn = None,
     config_file: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="Settings from a TOML file.")
     ] = None,
@@ -60,7 +72,10 @@ def train(
 
     recipe_class = find_recipe(method)
     folder = output or Path("runs") / method
-    changes = {"steps": steps, "max_minutes": max_minutes, "seed": seed, "data": data}
+    changes = {
+        "steps": steps, "max_minutes": max_minutes, "seed": seed, "data": data,
+        "train_on": train_on, "test_on": test_on,
+    }  # fmt: skip
     own = folder / "config.toml"
     if resume and config_file is None and preset is None and own.is_file():
         config_file = own

@@ -61,6 +61,15 @@ def load_weights(module: nn.Module, path: str | os.PathLike, stores: str = "all"
     return about
 
 
+def read_about(path: str | os.PathLike) -> dict[str, str]:
+    """What :func:`save_weights` was told about the weights in a file; empty for a safetensors file of others.
+
+    Raises:
+        UserError: the file is missing or damaged.
+    """
+    return _read_tensors(Path(path))[1]
+
+
 def _fill(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], source: str) -> None:
     for kind, names in (("no value for", own.keys() - tensors.keys()), ("an unknown", tensors.keys() - own.keys())):
         if names:

@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     from pyface.engine import Recipe
 
 # Listed here so that asking for names loads no method; each module calls register_model when it is imported.
-_MODULES = {"hida": "pyface.methods.hida", "proface_s": "pyface.methods.proface_s"}
+_MODULES = {
+    "acmf": "pyface.methods.acmf",
+    "gazeforensics": "pyface.methods.gazeforensics",
+    "hida": "pyface.methods.hida",
+    "proface_s": "pyface.methods.proface_s",
+}
 _MODELS: dict[str, tuple[Callable[..., nn.Module], Callable[..., nn.Module]]] = {}
 
 

@@ -5,6 +5,7 @@ Every op takes and returns ordinary tensors, works under autograd, forward mode,
 """
 
 from pyface.ops._paths import PATHS, PathError, paths, table
+from pyface.ops.attention import concat_kv_attention, spatial_prior_attention
 from pyface.ops.coupling import affine_coupling, haar_dwt2d, haar_idwt2d
 from pyface.ops.deform_conv import deform_conv2d
 from pyface.ops.dense_block import dense_block
@@ -14,6 +15,7 @@ __all__ = [
     "PATHS",
     "PathError",
     "affine_coupling",
+    "concat_kv_attention",
     "deform_conv2d",
     "dense_block",
     "haar_dwt2d",
@@ -21,6 +23,7 @@ __all__ = [
     "high_pass",
     "mask_high_frequencies",
     "paths",
+    "spatial_prior_attention",
     "spectral_filter",
     "table",
 ]

@@ -126,6 +126,21 @@ def test_evidence_is_the_highest_and_apart(folder):
     assert red.scores.attention is None  # nobody needs it for every frame
 
 
+def test_of_equal_scores_those_with_attention_are_shown(folder):
+    """A method of clips gives all their frames one score, and may have looked at only some of them."""
+
+    class Clips(Brightness):
+        def score(self, faces, *, maps=False):
+            scores = super().score(faces, maps=maps)
+            scores.fake[:] = 0.7
+            scores.attention[[place for place in range(len(faces)) if place % 3 != 1]] = 0
+            return scores
+
+    red = scan(FrameFolder(folder), Clips(), follow=FOLLOW, maps=True, evidence=3).faces[0]
+    assert len(red.evidence) == 3
+    assert all(list(red.places).index(one.place) % 3 == 1 for one in red.evidence)
+
+
 def test_frames_can_be_chosen(folder):
     footage = FrameFolder(folder)
     every = scan(footage, Brightness(), follow=FOLLOW, places=Every(4)(footage))

@@ -154,7 +154,9 @@ def _read_list(root: Path) -> set[tuple[str, str]]:
 _FIRST, _FIRST_STRANGER = 10_000, 15_000
 
 
-def synthesize(out: Path, count: int, *, seed: int, image_size: int, progress: Progress, frames: int = 28) -> None:
+def synthesize(
+    out: Path, count: int, *, seed: int, image_size: int, progress: Progress, workers: int = 1, frames: int = 28
+) -> None:
     """Write procedural people in the layout of Celeb-DF v2.
 
     Every person has four recordings; a neighbour's face is swapped into each. The second of the four is in the test
@@ -163,7 +165,7 @@ def synthesize(out: Path, count: int, *, seed: int, image_size: int, progress: P
     Args:
         out: the data set's folder.
         count: videos in Celeb-real and in Celeb-synthesis; YouTube-real has half as many, as in the real one.
-        seed, image_size, progress: as everywhere in synthesis; an odd size grows by one pixel.
+        seed, image_size, progress, workers: as everywhere in synthesis; an odd size grows by one pixel.
         frames: of each video.
     """
     takes, listed = [], []
@@ -186,4 +188,5 @@ def synthesize(out: Path, count: int, *, seed: int, image_size: int, progress: P
         if k % 4 == 1:
             listed.append(f"1 {video}")
     write_text(out / LIST, "".join(f"{line}\n" for line in sorted(listed, reverse=True)))
-    write_takes(out, takes, seed=seed, frames=frames, image_size=image_size, progress=progress)
+    settings = {"seed": seed, "frames": frames, "image_size": image_size}
+    write_takes(out, takes, **settings, progress=progress, workers=workers)

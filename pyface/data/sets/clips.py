@@ -7,7 +7,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar
@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 from pyface.data.crop import FaceCrop
 from pyface.data.sets.base import tally
 from pyface.data.sets.folders import EmptySplit, natural, to_tensor
-from pyface.data.sets.synthesis import Progress, deal
+from pyface.data.sets.synthesis import Progress, deal, share
 from pyface.data.video import VIDEO_SUFFIXES, Footage, open_video, write_video
 from pyface.errors import UserError
 
@@ -370,17 +370,22 @@ def film(
 
 
 def write_takes(
-    out: Path, takes: Sequence[Take], *, seed: int, frames: int, image_size: int, progress: Progress
+    out: Path, takes: Sequence[Take], *, seed: int, frames: int, image_size: int, progress: Progress, workers: int = 1
 ) -> None:
     """Write the videos that are still missing; files appear whole or not at all, so the existing ones are kept."""
-    progress.start(sum(len(take.files) for take in takes))
-    for take in takes:
-        missing = [file for file in take.files if not (out / file).exists()]
-        progress.advance(len(take.files) - len(missing))
-        if not missing:
-            continue
-        shown = film(take, seed=seed, frames=frames, image_size=image_size)
-        for file in missing:
-            what, crf = take.files[file]
-            write_video(out / file, shown[what], crf=crf)
-            progress.advance()
+    total = sum(len(take.files) for take in takes)
+    progress.start(total)
+    missing = [
+        replace(take, files={file: how for file, how in take.files.items() if not (out / file).exists()})
+        for take in takes
+    ]
+    progress.advance(total - sum(len(take.files) for take in missing))
+    work = partial(_write_take, out, seed=seed, frames=frames, image_size=image_size)
+    share(work, [take for take in missing if take.files], progress, workers)
+
+
+def _write_take(out: Path, take: Take, **settings: int) -> int:
+    shown = film(take, **settings)
+    for file, (what, crf) in take.files.items():
+        write_video(out / file, shown[what], crf=crf)
+    return len(take.files)

@@ -110,6 +110,7 @@ def synthesize(
     seed: int,
     image_size: int,
     progress: Progress,
+    workers: int = 1,
     frames: int = 28,
     compression: str = "c23",
 ) -> None:
@@ -120,7 +121,7 @@ def synthesize(
     Args:
         out: the data set's folder.
         count: real videos, and fakes.
-        seed, image_size, progress: as everywhere in synthesis; an odd size grows by one pixel.
+        seed, image_size, progress, workers: as everywhere in synthesis; an odd size grows by one pixel.
         frames: of each video.
         compression: one of :data:`~pyface.data.sets.faceforensics.COMPRESSIONS`.
     """
@@ -143,4 +144,5 @@ def synthesize(
             f"{FORGED}/masks/videos/{video}": ("masks", MASK_CRF),
         }
         takes.append(Take(one, clip, files, "colour_transfer", other))
-    write_takes(out, takes, seed=seed, frames=frames, image_size=image_size, progress=progress)
+    settings = {"seed": seed, "frames": frames, "image_size": image_size}
+    write_takes(out, takes, **settings, progress=progress, workers=workers)

@@ -186,6 +186,7 @@ def synthesize(
     seed: int,
     image_size: int,
     progress: Progress,
+    workers: int = 1,
     frames: int = 28,
     compressions: Sequence[str] = ("c23", "c40"),
 ) -> None:
@@ -194,7 +195,7 @@ def synthesize(
     Args:
         out: the data set's folder.
         count: real videos, and fakes of each method. They come in pairs: an odd count grows by one.
-        seed, image_size, progress: as everywhere in synthesis; an odd size grows by one pixel.
+        seed, image_size, progress, workers: as everywhere in synthesis; an odd size grows by one pixel.
         frames: of each video; the default makes two clips of 14.
         compressions: of :data:`COMPRESSIONS`; "raw" takes a megabyte per video.
     """
@@ -222,4 +223,5 @@ def synthesize(
             }
             files[f"{sequences}/masks/videos/{video}"] = ("masks", MASK_CRF)
             takes.append(Take(person, int(target), files, forgery, other))
-    write_takes(out, takes, seed=seed, frames=frames, image_size=image_size, progress=progress)
+    settings = {"seed": seed, "frames": frames, "image_size": image_size}
+    write_takes(out, takes, **settings, progress=progress, workers=workers)

@@ -9,8 +9,11 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
+import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -23,6 +26,7 @@ from pyface.errors import UserError
 MANIFEST = ".pyface-synthesize.json"
 JOURNAL = ".pyface-synthesize.jsonl"
 JPEG_QUALITY = 95
+WORTH_A_PROCESS = 4
 
 Item = TypeVar("Item")
 
@@ -35,18 +39,20 @@ class Layout:
         module: the module with ``synthesize``.
         counts: what ``count`` counts.
         image_size: of the real data set's pictures, in pixels; the default here.
+        processes: whether several can share the work.
     """
 
     module: str
     counts: str
     image_size: int
+    processes: bool = False
 
 
 LAYOUTS = {
-    "ffpp": Layout("pyface.data.sets.faceforensics", "videos of each kind", 256),
-    "celebdf": Layout("pyface.data.sets.celebdf", "videos of each kind", 256),
-    "dfd": Layout("pyface.data.sets.dfd", "videos of each kind", 256),
-    "wilddeepfake": Layout("pyface.data.sets.wilddeepfake", "sequences of each kind", 224),
+    "ffpp": Layout("pyface.data.sets.faceforensics", "videos of each kind", 256, True),
+    "celebdf": Layout("pyface.data.sets.celebdf", "videos of each kind", 256, True),
+    "dfd": Layout("pyface.data.sets.dfd", "videos of each kind", 256, True),
+    "wilddeepfake": Layout("pyface.data.sets.wilddeepfake", "sequences of each kind", 224, True),
     "seqdeepfake": Layout("pyface.data.sets.seqdeepfake", "pictures of each subset", 256),
     "fs2k": Layout("pyface.data.sets.fs2k", "photo-sketch pairs", 250),
     "celeba": Layout("pyface.data.sets.celeba", "pictures", 178),
@@ -73,6 +79,7 @@ def synthesize(
     seed: int = 0,
     image_size: int | None = None,
     progress: Progress | None = None,
+    workers: int = 1,
 ) -> Path:
     """Fill the folder ``out`` with ``count`` procedural samples, laid out as the data set ``layout`` is.
 
@@ -86,6 +93,8 @@ def synthesize(
         seed: of people, views and forgeries.
         image_size: in pixels; default as in the real data set.
         progress: told about every file.
+        workers: processes that share the work, where :attr:`Layout.processes` says so. The files are the same. More
+            than 1 needs a main module that can be imported, as multiprocessing does.
 
     Returns:
         ``out``.
@@ -101,10 +110,14 @@ def synthesize(
         raise UserError(f"image size is {image_size}, expected 16 to 1024 pixels")
     if seed < 0:
         raise UserError(f"seed is {seed}, expected 0 or more")
+    if workers < 1 or (workers > 1 and not about.processes):
+        most = "1 or more" if about.processes else "1, because its pictures are drawn in one process"
+        raise UserError(f"workers is {workers}, expected {most} for {layout}")
     out = Path(out)
+    options = {"workers": workers} if about.processes else {}
     writer = importlib.import_module(about.module).synthesize
     begin(out, layout=layout, count=count, seed=seed, image_size=image_size)
-    writer(out, count, seed=seed, image_size=image_size, progress=progress or Progress())
+    writer(out, count, seed=seed, image_size=image_size, progress=progress or Progress(), **options)
     return out
 
 
@@ -149,6 +162,35 @@ def begin(out: Path, *, layout: str, count: int, **settings: Any) -> None:
         raise UserError(f"{out} was begun with count {before}, not {count}; the count can grow but not shrink")
     if count > before:
         write_json(manifest, wanted)
+
+
+def share(work: Callable[[Item], int], items: Sequence[Item], progress: Progress, workers: int) -> None:
+    """Call ``work`` for every item, in so many processes; it returns how many files it wrote.
+
+    What an item becomes may depend on nothing but the item. ``work`` and the items must survive pickle. A process has
+    at least a few items, because it takes seconds to begin.
+    """
+    workers = min(workers, len(items) // WORTH_A_PROCESS)
+    if workers < 2:
+        for item in items:
+            progress.advance(work(item))
+        return
+    # Fresh processes, because threads of torch and FFmpeg do not survive a fork.
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(workers, context, _begin_sharing) as pool:
+        try:
+            for files in pool.map(work, items):
+                progress.advance(files)
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
+
+
+def _begin_sharing() -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process that shares the work out hears it, and ends this one
 
 
 def fill(

@@ -10,7 +10,7 @@ import tarfile
 import threading
 import zlib
 from collections.abc import Iterable, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from pyface.data.images import FORMATS, SUFFIXES, replacing
 from pyface.data.sets.base import choose
 from pyface.data.sets.clips import FAKE, REAL, SAMPLING, Clip, Sampling, Take, VideoSet, couple, film, spread
 from pyface.data.sets.folders import check_root, natural, read_json, to_pixels
-from pyface.data.sets.synthesis import Progress
+from pyface.data.sets.synthesis import Progress, share
 from pyface.data.video import Footage, FrameFolder, Pictures
 from pyface.errors import UserError
 
@@ -222,7 +222,9 @@ _FIRST = 30_000
 _SEQUENCES = 2
 
 
-def synthesize(out: Path, count: int, *, seed: int, image_size: int, progress: Progress, frames: int = 28) -> None:
+def synthesize(
+    out: Path, count: int, *, seed: int, image_size: int, progress: Progress, workers: int = 1, frames: int = 28
+) -> None:
     """Write procedural people in the layout of WildDeepfake: archives of face crops, of which a fifth are for testing.
 
     Every family of forgeries is among the fakes, in turn.
@@ -230,7 +232,7 @@ def synthesize(out: Path, count: int, *, seed: int, image_size: int, progress: P
     Args:
         out: the data set's folder.
         count: sequences of each class. An archive holds two: an odd count grows by one.
-        seed, image_size, progress: as everywhere in synthesis.
+        seed, image_size, progress, workers: as everywhere in synthesis.
         frames: of each sequence.
     """
     from pyface.data.forgery import FORGERIES
@@ -238,6 +240,7 @@ def synthesize(out: Path, count: int, *, seed: int, image_size: int, progress: P
     families = list(FORGERIES)
     parts = spread((count + 1) // 2, (4, 1))
     progress.start(2 * len(parts))
+    missing = []
     for number, part in enumerate(parts):
         for kind, label in KINDS.items():
             archive = out / f"{kind}_{SPLITS[part]}" / f"{number}{SUFFIX}"
@@ -248,16 +251,17 @@ def synthesize(out: Path, count: int, *, seed: int, image_size: int, progress: P
                     clip = _FIRST + (number * 2 + label) * _SEQUENCES + sequence
                     method = families[(number * _SEQUENCES + sequence) % len(families)] if label == FAKE else None
                     takes.append(Take(person, clip, {}, method, source))
-                sequences = (
-                    film(take, seed=seed, frames=frames, image_size=image_size, framing=1.0)["images"] for take in takes
-                )
-                _write_archive(archive, f"{number}/{kind}", sequences)
-            progress.advance()
+                missing.append((archive, f"{number}/{kind}", takes))
+            else:
+                progress.advance()
+    share(partial(_write_archive, seed=seed, frames=frames, image_size=image_size), missing, progress, workers)
 
 
-def _write_archive(path: Path, inside: str, sequences: Iterable) -> None:
+def _write_archive(job: tuple[Path, str, list[Take]], **settings: int) -> int:
     from PIL import Image
 
+    path, inside, takes = job
+    sequences = (film(take, framing=1.0, **settings)["images"] for take in takes)
     # No times and no name in the headers: the same frames give the same bytes.
     with replacing(path) as temporary, open(temporary, "wb") as file:
         with gzip.GzipFile("", "wb", compresslevel=1, fileobj=file, mtime=0) as zipped:
@@ -270,3 +274,4 @@ def _write_archive(path: Path, inside: str, sequences: Iterable) -> None:
                         member.size = content.tell()
                         content.seek(0)
                         archive.addfile(member, content)
+    return 1

@@ -384,6 +384,7 @@ th.name { min-width: 9rem }
 .bar i { position: absolute; inset: 0 auto 0 0; background: #3f536b }
 .bar u { position: absolute; top: -.2rem; bottom: -.2rem; width: 2px; background: #b00020 }
 .verdict { font-weight: 700; white-space: nowrap }
+.score { white-space: nowrap }
 .verdict.flagged { color: var(--flag) }
 .verdict.clear { color: var(--clear) }
 .input { border-top: 2px solid var(--dark); margin-top: 3rem; padding-top: .25rem }
@@ -483,7 +484,7 @@ def _summary(report: Report, scanned: list[Result]) -> Iterator[str]:
         scan = result.scan
         yield (
             f'<tr><th scope="row" class="name"><a href="#input-{number}">{escape(str(result.source.path))}</a></th>'
-            f"<td>{_score(report, scan.score)}</td><td>{_verdict(report, scan.score)}</td>"
+            f'<td class="score">{_score(report, scan.score)}</td><td>{_verdict(report, scan.score)}</td>'
             f'<td class="n">{len(scan.faces)}</td><td class="n">{len(scan.places)}</td>'
             f'<td class="n">{len(scan.without)}</td></tr>'
         )

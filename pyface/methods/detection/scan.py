@@ -331,6 +331,7 @@ class _Scored:
         self.gaze.append(np.full((count, 2), np.nan, np.float32) if scores.gaze is None else scores.gaze)
         if not np.isnan(scores.video):
             self.parts.append(replace(scores, attention=None))
+        seen = None if scores.attention is None else scores.attention.any((1, 2))
         shown = [
             Evidence(
                 stretch.places[i],
@@ -340,7 +341,7 @@ class _Scored:
                 None if scores.attention is None else scores.attention[i],
                 None if scores.gaze is None else scores.gaze[i],
             )
-            for i in _apart(scores.fake, stretch.places, self.most)
+            for i in _apart(scores.fake, stretch.places, self.most, seen)
         ]
         both = self.evidence + shown
         chosen = _apart(np.array([one.score for one in both]), [one.place for one in both], self.most)
@@ -360,13 +361,17 @@ class _Scored:
         return float(np.average([part.video for part in self.parts], weights=known))
 
 
-def _apart(scores: np.ndarray, places: Sequence[int], most: int) -> list[int]:
-    """Indices of the highest scores, the highest first, that lie apart by a part of the whole, fewer if need be."""
+def _apart(scores: np.ndarray, places: Sequence[int], most: int, first: np.ndarray | None = None) -> list[int]:
+    """Indices of the highest scores, the highest first, that lie apart by a part of the whole, fewer if need be.
+
+    Of equal scores, as all frames of a clip may have, those marked in ``first`` are taken before others.
+    """
     if most < 1 or not len(scores):
         return []
     span = (max(places) - min(places)) / (3 * most)
     chosen: list[int] = []
-    for index in np.argsort(-np.nan_to_num(scores, nan=-1.0), kind="stable"):
+    later = np.zeros(len(scores), bool) if first is None else ~first
+    for index in np.lexsort((later, -np.nan_to_num(scores, nan=-1.0))):
         if np.isnan(scores[index]) or len(chosen) == most:
             break
         if all(abs(places[index] - places[other]) >= span for other in chosen):

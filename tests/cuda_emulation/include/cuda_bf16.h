@@ -21,3 +21,5 @@ inline __nv_bfloat16 __float2bfloat16_rn(float v) {
   if ((wide & 0x7fffffff) > 0x7f800000) return {0x7fff};  // NaN: rounding its bits could carry into infinity
   return {static_cast<std::uint16_t>((wide + 0x7fff + (wide >> 16 & 1)) >> 16)};
 }
+
+inline float to_float(__nv_bfloat16 v) { return __bfloat162float(v); }

@@ -75,6 +75,64 @@ T shuffle(unsigned mask, T value, int source, int line) {
   return value;
 }
 
+// ---- tensor cores (csrc/cuda/mma.h has the layouts) ----
+
+// Shows every lane what all of them brought, until all have gone through `look`.
+template <typename T, typename F>
+void with_all_lanes(const T& brought, F look, int line) {
+  std::uint64_t all[32];
+  std::memcpy(all, warp_exchange(0xffffffffu, reinterpret_cast<std::uintptr_t>(&brought), line), sizeof all);
+  look([&](int lane) -> const T& { return *reinterpret_cast<const T*>(all[lane]); });
+  warp_exchange(0xffffffffu, 0, line);
+}
+
+int lane();
+
+// T is a 2-byte type with a to_float, or anything else for TF32.
+template <typename T, bool Pairs>
+void mma(float (&c)[4], const unsigned (&a)[4], const unsigned (&b)[2], int line = __builtin_LINE()) {
+  struct Brought {
+    const unsigned *a, *b;
+  };
+  const auto read = [](unsigned bits, int half) {
+    if constexpr (Pairs) {
+      const std::uint16_t part = static_cast<std::uint16_t>(half ? bits >> 16 : bits);
+      T value;
+      std::memcpy(&value, &part, sizeof value);
+      return to_float(value);
+    } else {
+      const std::uint32_t kept = bits & 0xffffe000u;
+      float value;
+      std::memcpy(&value, &kept, sizeof value);
+      return value;
+    }
+  };
+  const int g = lane() / 4, t = lane() % 4;
+  with_all_lanes(Brought{a, b}, [&](auto of) {
+    for (int i = 0; i < 4; ++i) {
+      const int column = 2 * t + i % 2, low = i / 2;  // of the result; whether its row is g + 8
+      float sum = 0;
+      for (int k = 0; k < (Pairs ? 16 : 8); ++k) {
+        const int half = Pairs ? k % 2 : 0, owner = Pairs ? k % 8 / 2 : k % 4, right = Pairs ? k / 8 : k / 4;
+        sum += read(of(4 * g + owner).a[2 * right + low], half) * read(of(4 * column + owner).b[right], half);
+      }
+      c[i] += sum;
+    }
+  }, line);
+}
+
+inline void load_transposed(unsigned (&out)[4], const void* row, int line = __builtin_LINE()) {
+  if (reinterpret_cast<std::uintptr_t>(row) % 16) fail("line %d: a matrix row is not 16-byte aligned", line);
+  const int g = lane() / 4, t = lane() % 4;
+  with_all_lanes(row, [&](auto of) {
+    for (int m = 0; m < 4; ++m) {
+      const auto* first = static_cast<const std::uint16_t*>(of(8 * m + 2 * t));
+      const auto* second = static_cast<const std::uint16_t*>(of(8 * m + 2 * t + 1));
+      out[m] = first[g] | unsigned(second[g]) << 16;
+    }
+  }, line);
+}
+
 inline int lane() { return (threadIdx.x + blockDim.x * (threadIdx.y + blockDim.y * threadIdx.z)) % 32; }
 
 }  // namespace emulation
@@ -86,6 +144,18 @@ cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(
 }
 
 inline void __syncthreads(int line = __builtin_LINE()) { emulation::block_barrier(line); }
+
+// Whether any thread of the block said yes.
+inline int __syncthreads_or(int predicate, int line = __builtin_LINE()) {
+  static int any;
+  any = 0;
+  emulation::block_barrier(line);
+  any |= predicate != 0;
+  emulation::block_barrier(line);
+  const int result = any;
+  emulation::block_barrier(line);
+  return result;
+}
 
 inline void __syncwarp(unsigned mask = 0xffffffffu, int line = __builtin_LINE()) {
   emulation::warp_exchange(mask, 0, line);
@@ -123,3 +193,8 @@ T atomicAdd(T* address, std::common_type_t<T> value) {
 }
 
 inline void __stwb(uint4* address, uint4 value) { *address = value; }
+
+template <typename T>
+T __ldg(const T* address) {
+  return *address;
+}

@@ -121,6 +121,16 @@ def test_writing_goes_on_where_it_stopped(written, copy):
         assert path in gone or path.stat().st_mtime_ns == time
 
 
+def test_processes_write_the_same_files(written, tmp_path):
+    progress = Counted()
+    synthesize(tmp_path, 2, progress=progress, workers=2, **SETTINGS)
+    assert progress.files == progress.total == 2 * (2 + 4 * 3)
+    videos = list(tmp_path.rglob("*.mp4"))
+    assert len(videos) == progress.total
+    for path in videos:
+        assert path.read_bytes() == (written / path.relative_to(tmp_path)).read_bytes(), path
+
+
 def test_an_odd_count_grows_and_a_larger_one_keeps_what_is_there(tmp_path):
     synthesize(tmp_path, 1, progress=Progress(), compressions=("raw",), **SETTINGS)
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*.mp4")}

@@ -124,6 +124,10 @@ def test_wrong_arguments(tmp_path):
         synthesize("celeba", tmp_path / "out", 1, image_size=8)
     with pytest.raises(UserError, match="seed is -1"):
         synthesize("celeba", tmp_path / "out", 1, seed=-1)
+    with pytest.raises(UserError, match="workers is 2, expected 1, because"):
+        synthesize("celeba", tmp_path / "out", 1, workers=2)
+    with pytest.raises(UserError, match="workers is 0, expected 1 or more"):
+        synthesize("ffpp", tmp_path / "out", 1, workers=0)
     assert not (tmp_path / "out").exists()
 
 
