@@ -29,7 +29,9 @@ X86_ISAS = {
     "avx2": ["-mavx2", "-mfma", "-mf16c"],
     "avx512": AVX512,
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
+    "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
+AMX_CORES = {"deform_conv"}  # the others have nothing of their own for it
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-unknown-warning-option"]
 WARNINGS += ["-Wno-maybe-uninitialized"]  # GCC 12 finds hundreds, all in its own AVX-512 headers
 
@@ -158,6 +160,8 @@ class BuildCores(build_ext):
         objects = []
         for core in CPU_CORES:
             for isa, isa_flags in isas.items():
+                if isa == "amx" and core not in AMX_CORES:
+                    continue
                 objects.append(f"{core}.{isa}.o")
                 extra = " ".join([f"-DPYFACE_ISA={isa}", *isa_flags])
                 ninja.build("compile", objects[-1], [ROOT / "csrc" / "cpu" / f"{core}.cpp"], extra=extra)

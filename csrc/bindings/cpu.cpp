@@ -28,7 +28,7 @@ typedef std::uintptr_t Address;  // 0 is a null pointer
 const void* in(Address a) { return reinterpret_cast<const void*>(a); }
 void* out(Address a) { return reinterpret_cast<void*>(a); }
 
-const char* const kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16"};
+const char* const kIsaNames[] = {"baseline", "avx2", "avx512", "avx512_bf16", "amx"};
 
 // The instruction set in use: the best this machine has, until Python narrows it (PYFACE_CPU_ISA, tests).
 cpu::Isa current_isa = cpu::best_isa();
@@ -38,6 +38,7 @@ cpu::Isa current_isa = cpu::best_isa();
   [&] {                                                                                   \
     py::gil_scoped_release unlocked;                                                      \
     switch (current_isa) {                                                                \
+      case cpu::Isa::amx: return cpu::amx::function(__VA_ARGS__);                         \
       case cpu::Isa::avx512_bf16: return cpu::avx512_bf16::function(__VA_ARGS__);         \
       case cpu::Isa::avx512: return cpu::avx512::function(__VA_ARGS__);                   \
       case cpu::Isa::avx2: return cpu::avx2::function(__VA_ARGS__);                       \

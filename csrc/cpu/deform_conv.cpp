@@ -25,7 +25,7 @@ constexpr std::int64_t kPixels = 112;     // of a tile, at most: a multiple of t
 constexpr int kVectors = 2;               // vectors of sums in a row of a register tile
 constexpr std::int64_t kSteps = 768;      // products in one running sum: about oneDNN's rounding error
 constexpr std::int64_t kNeighbours = 4;   // pixels that are sampled together
-constexpr std::int64_t kFewPixels = 64;   // of all images together: from here on the weights cost more than the products
+constexpr std::int64_t kFewPixels = 64;   // of all images together: up to here packing the weights would cost too much
 constexpr std::int64_t kWeightBytes = 4 << 20;    // of packed weights for each thread; more weights are taken in stages
 constexpr std::int64_t kImageBytes = 1 << 20;     // of copied images for each thread, but at least one image
 constexpr std::int64_t kSerialProducts = 200000;  // below this a team costs more than it saves
@@ -100,10 +100,81 @@ PYFACE_INLINE void tile_of(std::int64_t rows, Args... args) {
     tile_of<T, Row, Step, V, R - 1>(rows, args...);
 }
 
+#if defined(__AMX_BF16__)
+// What LDTILECFG reads: the rows of the tiles and the bytes in them.
+struct alignas(64) TileShapes {
+  std::uint8_t palette, start, unused[14];
+  std::uint16_t bytes[16];
+  std::uint8_t rows[16];
+};
+
+// The product of two times 16 rows, or of 16, with a panel of 32 columns, 16 steps at a time.
+template <bool Two>
+PYFACE_INLINE void tiles_of_amx(const bf16* a, const bf16* b, const Walk& walk, float* c, bool add) {
+  constexpr int kRow = kBlock * sizeof(bf16), kStep = 32 * 2 * sizeof(bf16), kSums = 32 * sizeof(float);
+  if (add) {
+    _tile_loadd(0, c, kSums);
+    _tile_loadd(1, c + 16, kSums);
+    if constexpr (Two) _tile_loadd(2, c + 16 * 32, kSums);
+    if constexpr (Two) _tile_loadd(3, c + 16 * 32 + 16, kSums);
+  } else {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+  }
+  for (std::int64_t i = walk.blocks * walk.taps; i > 0; --i, a += walk.pitch, b += kBlock * 32) {
+    _tile_loadd(6, b, kStep);
+    _tile_loadd(4, a, kRow);
+    _tile_dpbf16ps(0, 4, 6);
+    _tile_loadd(7, b + 32, kStep);
+    _tile_dpbf16ps(1, 4, 7);
+    if constexpr (Two) {
+      _tile_loadd(5, a + 16 * kBlock, kRow);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  _tile_stored(0, c, kSums);
+  _tile_stored(1, c + 16, kSums);
+  if constexpr (Two) _tile_stored(2, c + 16 * 32, kSums);
+  if constexpr (Two) _tile_stored(3, c + 16 * 32 + 16, kSums);
+}
+
+// `multiply` for whole blocks. Rows behind the last one are computed too, from whatever lies there: there is room for them.
+__attribute__((noinline)) inline void multiply_amx(std::int64_t rows, std::int64_t vectors, const bf16* a, const bf16* b,
+                                                   std::int64_t b_panel, const Walk& walk, float* c, std::int64_t c_panel,
+                                                   bool add) {
+  static_assert(kBlock == 16 && kPixels % 16 == 0 && kWide<bf16> == 32);
+  TileShapes shapes{};
+  shapes.palette = 1;
+  for (int i = 0; i < 8; ++i) {
+    shapes.rows[i] = i < 6 ? 16 : kBlock / 2;                       // sums 0-3, left factors 4-5, right factors 6-7
+    shapes.bytes[i] = i == 4 || i == 5 ? kBlock * sizeof(bf16) : 64;
+  }
+  _tile_loadconfig(&shapes);
+  for (std::int64_t v = 0; v < vectors; v += kVectors, b += b_panel, c += c_panel)
+    for (std::int64_t r = 0; r < rows; r += 32) {
+      if (rows - r > 16)
+        tiles_of_amx<true>(a + r * kBlock, b, walk, c + r * 32, add);
+      else
+        tiles_of_amx<false>(a + r * kBlock, b, walk, c + r * 32, add);
+    }
+  _tile_release();
+}
+#endif
+
 // The product of all rows with `vectors` vectors of columns. b and c lie in panels of kWide columns, [panel][step or row].
 template <class T, int Row, int Step>
 void multiply(std::int64_t rows, std::int64_t vectors, const T* a, const T* b, std::int64_t b_panel, const Walk& walk,
               SumScalar<T>* c, std::int64_t c_panel, bool add) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, bf16> && Row == kBlock) {
+    bool whole = true;
+    for (std::int64_t i = 0; i < walk.blocks; ++i) whole = whole && walk.counts[i] == kBlock;
+    if (whole) return multiply_amx(rows, vectors, a, b, b_panel, walk, c, c_panel, add);
+  }
+#endif
   const std::int64_t tiles = ceil_div(rows, kRows<T>);
   for (std::int64_t v = 0; v < vectors; v += kVectors, b += b_panel, c += c_panel)
     for (std::int64_t i = 0; i < tiles; ++i) {  // of nearly equal sizes
@@ -604,7 +675,9 @@ void run_many(const DeformConv& a, const Forward<X, T>& f, int threads) {
 
 // ---- few pixels -----------------------------------------------------------------------------------------------------
 
-constexpr int kDots = 4;  // outputs of a register tile of dot products
+constexpr int kDots = 4;                          // outputs of a register tile of dot products
+constexpr std::int64_t kDotOuts = 4 * kDots;      // of a task, which takes the columns from the first cache that often
+constexpr std::int64_t kDotBytes = 32 << 10;      // of columns taken at a time
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kDotPixels = 6;
 #else
@@ -633,15 +706,15 @@ PYFACE_INLINE typename Arithmetic<T>::operand load_factors(const X* p) {
   }
 }
 
-// sums[pixel][out] = sum over steps of weights[out][step] * columns[pixel][step], `length` numbers each, lane by lane.
+// sums[pixel][out] (+)= sum over steps of weights[out][step] * columns[pixel][step], `length` numbers each, lane by lane.
 template <class X, class T, int R, int Q>
 __attribute__((noinline)) void dots(const X* weights, std::int64_t row, const T* columns, std::int64_t column_row,
-                                    std::int64_t length, Sum<T>* sums) {
+                                    std::int64_t length, Sum<T>* sums, bool add) {
   typedef Arithmetic<T> A;
   constexpr std::int64_t step = Lanes<Sum<T>>::count * A::pair;
   Sum<T> s[Q][R];
   for (int q = 0; q < Q; ++q)
-    for (int r = 0; r < R; ++r) s[q][r] = Sum<T>{};
+    for (int r = 0; r < R; ++r) s[q][r] = add ? sums[q * kDots + r] : Sum<T>{};
   auto take = [&](const X* w, std::int64_t w_row, std::int64_t t) __attribute__((always_inline)) {
     typename A::operand factors[R];
 #pragma GCC unroll 4
@@ -712,30 +785,41 @@ void run_few(const DeformConv& a, const Forward<X, T>& f, int threads) {
   for (std::int64_t i = 0; i < s.groups * pixels; ++i)
     for (std::int64_t t = length; t < f.row; ++t) f.natural[i * f.row + t] = T{};
 
-  const std::int64_t group_tasks = ceil_div(f.outputs, kDots);
+  constexpr std::int64_t step = Lanes<Sum<T>>::count * Arithmetic<T>::pair;
+  const std::int64_t some = larger(kDotBytes / (pixels * (std::int64_t)sizeof(T)) / step, 1) * step;
+  const std::int64_t group_tasks = ceil_div(f.outputs, kDotOuts), tiles = ceil_div(pixels, kDotPixels);
   parallel_for(threads, s.groups * group_tasks, [&](std::int64_t begin, std::int64_t end) {
-    Sum<T> sums[kFewPixels * kDots + W];
+    Sum<T> sums[kFewPixels * kDotOuts + W];
     SumScalar<T> values[kFewPixels * kDots + W];
     for (std::int64_t task = begin; task < end; ++task) {
-      const std::int64_t group = task / group_tasks, o = task % group_tasks * kDots;
-      const std::int64_t outs = smaller(kDots, f.outputs - o), out = group * f.outputs + o;
+      const std::int64_t group = task / group_tasks, o = task % group_tasks * kDotOuts;
+      const std::int64_t outs = smaller(kDotOuts, f.outputs - o), out = group * f.outputs + o;
       const X* const weights = (const X*)a.weight + out * length;
       const T* const columns = f.natural + group * pixels * f.row;
-      const std::int64_t tiles = ceil_div(pixels, kDotPixels);
-      for (std::int64_t i = 0; i < pixels * kDots + W; ++i) sums[i] = Sum<T>{};
-      for (std::int64_t i = 0; i < tiles; ++i) {
-        const std::int64_t p = pixels * i / tiles;
-        dots_of<X, T, kDots, kDotPixels>(outs, pixels * (i + 1) / tiles - p, weights, length, columns + p * f.row, f.row,
-                                         length, sums + p * kDots);
-      }
-      for (std::int64_t i = 0; i < pixels * kDots; i += W) store(values + i, reduce(sums + i));
-      for (std::int64_t r = 0; r < outs; ++r) {
-        const V bias = splat<V>(a.bias ? widen(((const X*)a.bias)[out + r]) : 0);
-        for (std::int64_t i = 0; i < pixels; ++i) {
-          const std::int64_t image = i / f.pixels, p = i % f.pixels;
-          const std::int64_t at = a.out_channels_last ? (image * f.pixels + p) * s.outs + out + r
-                                                      : (image * s.outs + out + r) * f.pixels + p;
-          store_some((X*)a.out + at, 1, 1, splat<V>(values[i * kDots + r]) + bias);
+      for (std::int64_t i = 0; i < pixels * kDotOuts + W; ++i) sums[i] = Sum<T>{};
+      for (std::int64_t t = 0; t < length; t += some)
+        for (std::int64_t r = 0; r < outs; r += kDots)
+          for (std::int64_t i = 0; i < tiles; ++i) {
+            const std::int64_t p = pixels * i / tiles;
+            dots_of<X, T, kDots, kDotPixels>(smaller(kDots, outs - r), pixels * (i + 1) / tiles - p,
+                                             weights + r * length + t, length, columns + p * f.row + t, f.row,
+                                             smaller(some, length - t), sums + r * pixels + p * kDots, t > 0);
+          }
+      for (std::int64_t r = 0; r < outs; r += kDots) {
+        Sum<T>* const found = sums + r * pixels;
+        for (std::int64_t i = 0; i < pixels * kDots; i += W) {
+          Sum<T> some_sums[W];
+          for (std::int64_t j = 0; j < W; ++j) some_sums[j] = found[i + j];
+          store(values + i, reduce(some_sums));
+        }
+        for (std::int64_t k = r; k < smaller(r + kDots, outs); ++k) {
+          const V bias = splat<V>(a.bias ? widen(((const X*)a.bias)[out + k]) : 0);
+          for (std::int64_t i = 0; i < pixels; ++i) {
+            const std::int64_t image = i / f.pixels, p = i % f.pixels;
+            const std::int64_t at = a.out_channels_last ? (image * f.pixels + p) * s.outs + out + k
+                                                        : (image * s.outs + out + k) * f.pixels + p;
+            store_some((X*)a.out + at, 1, 1, splat<V>(values[i * kDots + k - r]) + bias);
+          }
         }
       }
     }

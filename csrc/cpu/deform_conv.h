@@ -15,6 +15,7 @@ namespace pyface::cpu {
   void deform_conv_backward(const DeformConvBackward&, void* scratch, int threads);   \
   }
 PYFACE_FOR_EACH_ISA(PYFACE_DECLARE)
+PYFACE_FOR_AMX(PYFACE_DECLARE)
 #undef PYFACE_DECLARE
 
 }  // namespace pyface::cpu
