@@ -795,10 +795,11 @@ def test_other_mistakes_are_named():
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++").split()[-1]) is None, reason="no C++ compiler")
 def test_core_under_sanitizers(tmp_path):
+    best = [name for name in CPU.isas() if name != "amx"][-1]  # no build of this core for amx
     program = tmp_path / "attention"
     command = [
         *os.environ.get("CXX", "g++").split(), "-std=c++17", "-O0", "-g1", "-march=native",
-        f"-DPYFACE_ISA={CPU.isas()[-1]}", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-ignored-attributes",
+        f"-DPYFACE_ISA={best}", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-ignored-attributes",
         "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}", f"-I{CSRC / 'include'}",
         CSRC / "cpu" / "attention.cpp", Path(__file__).with_name("attention_sanitized.cpp"), "-o", program,
     ]  # fmt: skip

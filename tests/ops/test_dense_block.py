@@ -317,9 +317,10 @@ def test_is_in_the_table():
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (CXX or g++)")
 def test_core_under_sanitizers(tmp_path):
+    best = [name for name in CPU.isas() if name != "amx"][-1]  # no build of this core for amx
     program = tmp_path / "dense_block"
     command = [
-        os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g1", "-march=native", f"-DPYFACE_ISA={CPU.isas()[-1]}",
+        os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g1", "-march=native", f"-DPYFACE_ISA={best}",
         "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-ignored-attributes",
         "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}", f"-I{CSRC / 'include'}",
         CSRC / "cpu" / "dense_block.cpp", Path(__file__).with_name("dense_block_sanitized.cpp"), "-o", program,

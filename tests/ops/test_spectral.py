@@ -599,9 +599,10 @@ def test_bits_do_not_depend_on_threads_or_the_batch(isa, dtype):
 
 @pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (CXX or g++)")
 def test_core_under_sanitizers(tmp_path):
+    best = [name for name in CPU.isas() if name != "amx"][-1]  # no build of this core for amx
     program = tmp_path / "spectral"
     command = [
-        os.environ.get("CXX", "g++"), "-std=c++17", "-O0", "-g1", "-march=native", f"-DPYFACE_ISA={CPU.isas()[-1]}",
+        os.environ.get("CXX", "g++"), "-std=c++17", "-O0", "-g1", "-march=native", f"-DPYFACE_ISA={best}",
         "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-ignored-attributes", "-fopenmp",
         "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}", f"-I{CSRC / 'include'}",
         CSRC / "cpu" / "spectral.cpp", Path(__file__).with_name("spectral_sanitized.cpp"), "-o", program,
