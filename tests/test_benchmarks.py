@@ -358,7 +358,7 @@ def test_bench_lists_what_there_is():
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["nonsense"], "there are: coupling"),
+        (["nonsense"], "there are: acmf, attention, coupling"),
         (["coupling", "--threads", "0"], "--threads must be"),
         (["coupling", "--threads", "two"], "--threads must be"),
         (["coupling", "--device", "tpu"], "cpu or cuda"),

@@ -159,6 +159,8 @@ def phase_congruency(luminance: Tensor) -> Tensor:
     Returns:
         Tensor[N, H, W], float64, at least 0; 0 where nothing oscillates.
     """
+    if not len(luminance):
+        return luminance  # MKL refuses a transform of nothing (torch 2.14)
     _, height, width = luminance.shape
     filters, power, interference = _log_gabor(height, width)
     spectrum = torch.fft.fft2(luminance)[:, None]
