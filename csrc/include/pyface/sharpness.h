@@ -2,7 +2,7 @@
 //
 // Tensor p has a weight w, a saved copy of it, a first gradient y (at w), a second gradient x (at the perturbed weight) and
 // a momentum buffer m, all `size` elements in one dense order. Python has checked every pointer, size and dtype
-// (pyface/ops/sharpness.py); nothing is checked again here. Definitions: docs/sharpness.md.
+// (pyface/ops/sharpness.py); nothing is checked again here. Definitions: pyface/ops/reference/sharpness.py.
 #pragma once
 
 #include "pyface/types.h"
