@@ -162,13 +162,13 @@ class Listed:
         self.launch("step", (weights, saved, xs, ys, momenta), (0, 4), sums, nonfinite, *rule, *sgd)
 
 
-def table(lists) -> list[int]:
+def table(lists, address=Tensor.data_ptr, null=0) -> list:
     """The flat table of the compiled modules: five addresses, size and two types of each tensor."""
     weights, _, xs, ys, _ = lists
     gradients = ys or xs or weights
     rows = []
     for p, like in enumerate(weights or gradients):
-        rows += [0 if tensors is None else tensors[p].data_ptr() for tensors in lists]
+        rows += [null if tensors is None else address(tensors[p]) for tensors in lists]
         rows += (like.numel(), DTYPE_CODES[like.dtype], DTYPE_CODES[gradients[p].dtype])
     return rows
 
@@ -181,6 +181,19 @@ class _Cpu(Listed):
     def run(self, name, lists, *arguments):
         arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
         getattr(self.module, f"sharpness_{name}")(table(lists), *arguments, torch.get_num_threads())
+
+
+def _triton() -> Listed:
+    from pyface.kernels import sharpness
+    from pyface.ops._sharpness_gpu import Triton
+
+    return Triton(sharpness)
+
+
+def _cuda() -> Listed:
+    from pyface.ops._sharpness_gpu import Cuda
+
+    return Cuda(_paths.load_module("_cuda")[0])
 
 
 class _Reference:
@@ -205,19 +218,23 @@ class _Reference:
         reference.step_(weights, saved, gradients, momenta, nonfinite.amax() > 0, *sgd)
 
 
+_CPU_TYPES = {  # of weight and gradient
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float64, torch.float64),
+}
+_GPU_TYPES = _CPU_TYPES | {
+    (torch.float32, torch.float16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+}
 CORE = Core(
     "sharpness",
-    # (weight, gradient)
-    dtypes={
-        "cpu": {
-            (torch.float32, torch.float32),
-            (torch.float32, torch.bfloat16),
-            (torch.bfloat16, torch.bfloat16),
-            (torch.float64, torch.float64),
-        }
-    },
-    load={"cpu": _Cpu, "reference": _Reference},
-    order=("cpu", "reference"),
+    dtypes={"cpu": _CPU_TYPES, "cuda": _GPU_TYPES, "triton": _GPU_TYPES},
+    load={"cpu": _Cpu, "cuda": _cuda, "triton": _triton, "reference": _Reference},
+    order=("cpu", "cuda", "triton", "reference"),
 )
 
 
