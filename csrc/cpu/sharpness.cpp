@@ -137,29 +137,6 @@ void sum_chunk(const W* w, const G* x, const G* y, double eta, std::int64_t n, d
   result[4] = sum_lanes(bad_y);
 }
 
-// ---- rules ------------------------------------------------------------------------------------------------------------------
-
-struct Pair {
-  double u, v;
-};
-
-Pair coefficients(const Sharpness& s, std::int64_t p) {
-  const double* sums = s.sums + 3 * (s.per_tensor ? p : s.count);
-  const double a = sums[0], b = sums[1], k = sums[2];
-  if (s.rule == SharpnessRule::mix) return {s.p0, 1 - s.p0};
-  if (s.rule == SharpnessRule::second || a == 0 || b == 0) return {1, 0};
-  switch (s.rule) {
-    case SharpnessRule::gsam: return {1 + s.p0 * k / a, -s.p0};
-    case SharpnessRule::gsam_first: return {s.p0, 1 - s.p0 * k / b};
-    case SharpnessRule::surgery: return k < 0 ? Pair{1, -k / b} : Pair{1, 0};
-    default: break;
-  }
-  const double c = k / (__builtin_sqrt(a) * __builtin_sqrt(b)), z = a + 2 * k + b;
-  if (c >= s.p1) return {1, 0};
-  if (c <= s.p0 || z <= 1e-14 * (a + b)) return {0, 1};
-  return {(a + k) / z, (a + k) / z};
-}
-
 }  // namespace
 
 // ---- entry points -----------------------------------------------------------------------------------------------------------
@@ -267,7 +244,7 @@ void sharpness_restore(const Sharpness& s, int threads) {
 void sharpness_combine(const Sharpness& s, int threads) {
   if (s.nonfinite[0] != 0 || s.nonfinite[1] != 0) return;
   for_chunks(s, threads, [&](const SharpnessTensor& t, std::int64_t p, std::int64_t first, std::int64_t n, std::int64_t) {
-    const Pair pair = coefficients(s, p);
+    const SharpnessPair pair = sharpness_pair(s, p);
     if (pair.u == 1 && pair.v == 0) return;
     with_types(t, [&](auto types) {
       typedef typename decltype(types)::grad G;
@@ -295,7 +272,7 @@ void sharpness_step(const Sharpness& s, int threads) {
   if (s.nonfinite[0] != 0 || s.nonfinite[1] != 0) return sharpness_restore(s, threads);
   const bool streams = total_size(s) > kStreamed;
   for_chunks(s, threads, [&](const SharpnessTensor& t, std::int64_t p, std::int64_t first, std::int64_t n, std::int64_t) {
-    const Pair pair = coefficients(s, p);
+    const SharpnessPair pair = sharpness_pair(s, p);
     with_types(t, [&](auto types) {
       typedef typename decltype(types)::weight W;
       typedef typename decltype(types)::grad G;

@@ -17,7 +17,7 @@ from pyface.ops._paths import Core, chosen_path
 from pyface.ops._register import LIBRARY
 from pyface.ops.reference import sharpness as reference
 
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 # The rules and their parameters, in the order of pyface/sharpness.h.
 RULES: dict[str, tuple[str, ...]] = {
@@ -115,78 +115,85 @@ def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)
 
 
-class _Cpu:
-    """The compiled core. It reads flat memory, so an operand in another order than its tensor's first one is copied."""
+class Listed:
+    """What the compiled paths share: operands that lie in one order, results, and the calls of their passes.
 
+    A path gives `run(name, lists, *arguments)`, with lists of the weights, saved weights, xs, ys and momenta, or None
+    for what the pass has no use for.
+    """
+
+    def launch(self, name: str, lists, written: tuple[int, ...], *arguments) -> None:
+        """Runs a pass over flat memory: an operand in another order than its tensor's first one is copied."""
+        lists, back = [list(tensors) if tensors else None for tensors in lists], []
+        leading = next(filter(None, lists))
+        for p, like in enumerate(leading):
+            dense = _is_dense(like)
+            for i, tensors in enumerate(lists):
+                t = None if tensors is None else tensors[p]
+                if t is None or (dense and t.stride() == like.stride()) or (t.is_contiguous() and like.is_contiguous()):
+                    continue
+                copy = torch.empty_like(like, dtype=t.dtype, memory_format=torch.preserve_format).copy_(t)
+                tensors[p] = copy
+                if i in written:
+                    back.append((copy, t))
+        self.run(name, lists, *arguments)
+        for copy, original in back:
+            original.copy_(copy)
+
+    def sums(self, xs, ys, weights, eta):
+        values = torch.empty(len(ys) + 1, 3, dtype=torch.float64, device=ys[0].device)
+        nonfinite = torch.empty(2, device=ys[0].device)
+        self.launch("sums", (weights, None, xs, ys, None), (), values, nonfinite, weights is not None, eta)
+        return values, nonfinite
+
+    def perturb_(self, weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta):
+        lists = weights, saved, None, ys, None
+        self.launch("perturb", lists, (0, 1), sums, nonfinite, list(rho), eps, shrink, eta is not None, eta or 0.0)
+
+    def restore_(self, weights, saved):
+        self.launch("restore", (weights, saved, None, None, None), (0,))
+
+    def combine_(self, xs, ys, sums, nonfinite, rule, p0, p1, per_tensor):
+        rule = _RULE_CODES[rule], p0, p1, per_tensor
+        self.launch("combine", (None, None, xs, ys, None), (2,), sums, nonfinite, *rule)
+
+    def step_(self, weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *sgd):
+        rule = _RULE_CODES[rule], p0, p1, per_tensor
+        self.launch("step", (weights, saved, xs, ys, momenta), (0, 4), sums, nonfinite, *rule, *sgd)
+
+
+def table(lists, address=Tensor.data_ptr, null=0) -> list:
+    """The flat table of the compiled modules: five addresses, size and two types of each tensor."""
+    weights, _, xs, ys, _ = lists
+    gradients = ys or xs or weights
+    rows = []
+    for p, like in enumerate(weights or gradients):
+        rows += [null if tensors is None else address(tensors[p]) for tensors in lists]
+        rows += (like.numel(), DTYPE_CODES[like.dtype], DTYPE_CODES[gradients[p].dtype])
+    return rows
+
+
+class _Cpu(Listed):
     def __init__(self):
         self.module, reason = _paths.load_module("_cpu")
         assert self.module is not None, reason  # the registry asked before loading
 
-    def table(self, weights=None, saved=None, xs=None, ys=None, momenta=None, written=()):
-        """(flat table of ints, tensors that must live until the call is over, (copy, original) to write back)."""
-        table, alive, back = [], [], []
-        lists = [weights, saved, xs, ys, momenta]
-        leading = next(tensors for tensors in lists if tensors)
-        gradients = ys or xs or leading
-        for p, like in enumerate(leading):
-            dense = _is_dense(like)
-            for i, tensors in enumerate(lists):
-                if not tensors:
-                    table.append(0)
-                    continue
-                t = tensors[p]
-                if not (dense and t.stride() == like.stride()) and not (t.is_contiguous() and like.is_contiguous()):
-                    copy = torch.empty_like(like, dtype=t.dtype, memory_format=torch.preserve_format).copy_(t)
-                    alive.append(copy)
-                    if i in written:
-                        back.append((copy, t))
-                    t = copy
-                table.append(t.data_ptr())
-            table += (like.numel(), _DTYPE_CODES[like.dtype], _DTYPE_CODES[gradients[p].dtype])
-        return table, alive, back
-
-    def sums(self, xs, ys, weights, eta):
-        values = torch.empty(len(ys) + 1, 3, dtype=torch.float64)
-        nonfinite = torch.empty(2)
-        table, _alive, _ = self.table(weights, None, xs, ys)
-        self.module.sharpness_sums(
-            table, values.data_ptr(), nonfinite.data_ptr(), weights is not None, eta, torch.get_num_threads()
-        )
-        return values, nonfinite
-
-    def perturb_(self, weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta):
-        table, _alive, back = self.table(weights, saved, None, ys, written=(0, 1))
-        self.module.sharpness_perturb(
-            table, sums.data_ptr(), nonfinite.data_ptr(), list(rho), eps, shrink, eta is not None, eta or 0.0,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        _write_back(back)
-
-    def restore_(self, weights, saved):
-        table, _alive, back = self.table(weights, saved, written=(0,))
-        self.module.sharpness_restore(table, torch.get_num_threads())
-        _write_back(back)
-
-    def combine_(self, xs, ys, sums, nonfinite, rule, p0, p1, per_tensor):
-        table, _alive, back = self.table(None, None, xs, ys, written=(2,))
-        self.module.sharpness_combine(
-            table, sums.data_ptr(), nonfinite.data_ptr(), _RULE_CODES[rule], p0, p1, per_tensor,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        _write_back(back)
-
-    def step_(self, weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *sgd):
-        table, _alive, back = self.table(weights, saved, xs, ys, momenta, written=(0, 4))
-        self.module.sharpness_step(
-            table, sums.data_ptr(), nonfinite.data_ptr(), _RULE_CODES[rule], p0, p1, per_tensor, *sgd,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        _write_back(back)
+    def run(self, name, lists, *arguments):
+        arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        getattr(self.module, f"sharpness_{name}")(table(lists), *arguments, torch.get_num_threads())
 
 
-def _write_back(copies: list[tuple[Tensor, Tensor]]) -> None:
-    for copy, original in copies:
-        original.copy_(copy)
+def _triton() -> Listed:
+    from pyface.kernels import sharpness
+    from pyface.ops._sharpness_gpu import Triton
+
+    return Triton(sharpness)
+
+
+def _cuda() -> Listed:
+    from pyface.ops._sharpness_gpu import Cuda
+
+    return Cuda(_paths.load_module("_cuda")[0])
 
 
 class _Reference:
@@ -211,23 +218,27 @@ class _Reference:
         reference.step_(weights, saved, gradients, momenta, nonfinite.amax() > 0, *sgd)
 
 
+_CPU_TYPES = {  # of weight and gradient
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float64, torch.float64),
+}
+_GPU_TYPES = _CPU_TYPES | {
+    (torch.float32, torch.float16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+}
 CORE = Core(
     "sharpness",
-    # (weight, gradient)
-    dtypes={
-        "cpu": {
-            (torch.float32, torch.float32),
-            (torch.float32, torch.bfloat16),
-            (torch.bfloat16, torch.bfloat16),
-            (torch.float64, torch.float64),
-        }
-    },
-    load={"cpu": _Cpu, "reference": _Reference},
-    order=("cpu", "reference"),
+    dtypes={"cpu": _CPU_TYPES, "cuda": _GPU_TYPES, "triton": _GPU_TYPES},
+    load={"cpu": _Cpu, "cuda": _cuda, "triton": _triton, "reference": _Reference},
+    order=("cpu", "cuda", "triton", "reference"),
 )
 
 
-def _pick(path: str | None, weights: Sequence[Tensor], *gradients: Sequence[Tensor]) -> _Cpu | _Reference:
+def _pick(path: str | None, weights: Sequence[Tensor], *gradients: Sequence[Tensor]) -> Listed | _Reference:
     """One implementation for the whole list: the reference if any tensor of it needs that."""
     device = weights[0].device.type
     kinds = {(w.dtype, g.dtype) for tensors in gradients for w, g in zip(weights, tensors, strict=True)}
