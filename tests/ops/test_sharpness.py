@@ -255,3 +255,7 @@ def test_opcheck_and_compile():
     torch.compile(step, fullgraph=True, backend="aot_eager")(*copies)
     for ours, theirs in zip((w, xs, saved), (copies[0], copies[1], copies[3]), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_core_under_sanitizers(sanitized):
+    sanitized("sharpness", "-fopenmp")
