@@ -108,8 +108,9 @@ def test_resnet_trained_as_in_the_paper(dtype):
                 plain.load_state_dict(ours.state_dict())
                 base.load_state_dict(copy.deepcopy(optimizer.state_dict()))
             x, label = batch(i)
+            x = x.to(dtype)
 
-            def loss(model, x=x.to(dtype), label=label):
+            def loss(model, x=x, label=label):
                 return F.cross_entropy(model(x), label)
 
             optimizer.zero_grad()
