@@ -22,7 +22,7 @@ from pyface.methods.acmf import ACMF, NOTEBOOK, Adaptation, Adapter, convert_sta
 from pyface.methods.acmf.convert import load
 from pyface.methods.acmf.losses import consistency_loss, flooded
 from pyface.methods.acmf.model import scaled_maps
-from pyface.methods.acmf.recipe import Config, Frames, Recipe, best_threshold, error_rates, video_scores
+from pyface.methods.acmf.recipe import Config, Frames, Recipe, error_rates, video_scores
 from pyface.methods.detection import Detector, load_detector
 
 SIDE = 32
@@ -148,14 +148,6 @@ def test_frame_and_video_protocols():
     right = [(videos[i] >= 0.5) == bool(c.label) for i, c in enumerate(clips)]
     assert rates["video_accuracy"] == pytest.approx(np.mean(right))
     assert math.isnan(error_rates(clips[:1], logits[:1])["video_auc"])
-
-
-def test_threshold_balances_both_classes():
-    labels = torch.tensor([0, 0, 0, 0, 1])
-    assert best_threshold(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.9]), labels) == pytest.approx(0.65)
-    # one real video above the fake: letting it go is better than missing the only fake
-    assert best_threshold(torch.tensor([0.1, 0.2, 0.3, 0.95, 0.9]), labels) == pytest.approx(0.6)
-    assert math.isnan(best_threshold(torch.tensor([0.1, 0.2]), torch.tensor([1, 1])))
 
 
 def test_an_epoch_takes_every_real_frame_once_and_families_alike():

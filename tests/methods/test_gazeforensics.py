@@ -31,7 +31,7 @@ from pyface.methods.gazeforensics import GazeForensics, GazeNetwork, convert, lo
 from pyface.methods.gazeforensics.clips import clip_quota, epoch_order, evaluation_clips, padded, training_frames
 from pyface.methods.gazeforensics.detector import spread
 from pyface.methods.gazeforensics.model import FRAMES, expected_degrees, parameters_of, prepared
-from pyface.methods.gazeforensics.recipe import Config, Recipe, calibrated, measures
+from pyface.methods.gazeforensics.recipe import Config, Recipe, measures
 
 TRUNK, WIDTH = "test_resnet", 96
 SMALL = {"gaze": WIDTH, "leaky": 8, "heads": 2, "head_width": 16, "compressed": 4}
@@ -607,15 +607,13 @@ def test_gaze_label_folders_train_a_teacher(tmp_path):
     assert 0 <= rows[0]["angular_error"] <= 180
 
 
-def test_threshold_and_measures():
+def test_measures():
     clips = videos(4)
     scores = [np.array([0.1, 0.3]), np.array([0.6, 0.4]), np.array([0.4]), np.array([0.9, 0.9])]
-    assert calibrated(clips, scores) == pytest.approx(0.45)  # real 0.2, 0.4; fake 0.5, 0.9
     row = measures(clips, scores)
     assert row["auc"] == 1.0
     assert row["accuracy"] == 1.0
     assert row["clip_accuracy"] == pytest.approx(6 / 7)
-    assert math.isnan(calibrated(clips[::2], scores[::2]))
     # The sheet's example: clips with P(real) .9, .4 of a real video, .6, .2 of a fake one.
     row = measures(clips[:2], [np.array([0.1, 0.6]), np.array([0.4, 0.8])])
     assert (row["accuracy"], row["clip_accuracy"], row["auc"]) == (1.0, 0.5, 1.0)

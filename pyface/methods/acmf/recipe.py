@@ -15,13 +15,14 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from pyface import engine
-from pyface.data.protocols import FaceClip, Part, describe, face_clips, families, parse_parts
+from pyface.data.protocols import FaceClip, Part, describe, face_clips, families, parse_parts, test_parts
 from pyface.engine import PROCEDURAL, TrainConfig, setting
 from pyface.errors import UserError
 from pyface.methods.acmf.adapt import Adaptation, Adapter
 from pyface.methods.acmf.losses import consistency_loss, fake_share
 from pyface.methods.acmf.model import ACMF, scaled_maps
 from pyface.metrics import VideoAUROC, VideoEqualErrorRate
+from pyface.metrics.forensics import best_threshold
 from pyface.nn import MaskedFrequency
 
 BATCH = 64  # frames that are judged at once
@@ -281,7 +282,7 @@ class Recipe(engine.Recipe):
         adapter = self._adapter(network) if self.config.fac else None
         trained = {part.data: part.families or families(part.data) for part in self._parts()}
         table = []
-        for part in self._test_parts():
+        for part in test_parts(self.config.train_on, self.config.test_on, self.config.data):
             clips = self._clips("test", parts=[part])
             logits = [judge(network, clip.faces) for clip in clips]
             adapted = None
@@ -309,20 +310,6 @@ class Recipe(engine.Recipe):
             }
             table.append({"data": "mean", "family": "", "trained_on": "", "videos": ""} | means)
         return table
-
-    def _test_parts(self) -> list[Part]:
-        config = self.config
-        if config.test_on not in ("seen", "unseen"):
-            return parse_parts(config.test_on, config.data)
-        trained = [part for part in self._parts() if part.data == config.data]
-        seen = {name for part in trained for name in part.families or families(part.data)}
-        wanted = [name for name in families(config.data) if (name in seen) == (config.test_on == "seen")]
-        if not wanted:
-            raise UserError(
-                f"acmf: no family of {config.data} is {config.test_on}; train_on is {config.train_on!r}, "
-                f"the families are {', '.join(families(config.data))}"
-            )
-        return [Part(config.data, tuple(wanted))]
 
     def _adapter(self, network: nn.Module) -> Adapter:
         config = self.config
@@ -397,26 +384,3 @@ def error_rates(clips: Sequence[FaceClip], logits: Sequence[Tensor]) -> dict[str
         "frame_auc": float(frame_auc.compute()), "video_auc": float(video_auc.compute()),
         "video_eer": float(video_eer.compute()), "video_accuracy": float(right.float().mean()),
     }  # fmt: skip
-
-
-def best_threshold(scores: Tensor, labels: Tensor) -> float:
-    """The score from which on a video counts as fake, so that the mean of both classes' accuracy is highest.
-
-    It lies in the middle between two neighbouring scores; of several that are equally good it is the middle one. NaN
-    unless both labels occur.
-
-    Args:
-        scores: Tensor[V], higher = fake.
-        labels: Tensor[V] of 0 and 1.
-    """
-    if labels.min() == labels.max():
-        return math.nan
-    values = scores.double().unique()
-    cuts = (values[1:] + values[:-1]) / 2
-    if len(cuts) == 0:
-        return float(values[0])
-    passed = scores.double()[None] >= cuts[:, None]
-    fake = labels.bool()
-    balanced = passed[:, fake].double().mean(1) + (~passed[:, ~fake]).double().mean(1)
-    good = (balanced >= balanced.max() - 1e-12).nonzero().flatten()
-    return float(cuts[good[len(good) // 2]])

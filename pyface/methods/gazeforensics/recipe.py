@@ -351,13 +351,16 @@ class Recipe(engine.Recipe):
 
     def validate(self, network: nn.Module) -> list[engine.Row]:
         """Videos of people that training never saw, forged as the training videos; or faces with their gaze."""
+        from pyface.metrics.forensics import best_threshold
+
         if self.is_teacher:
             return [self._gaze_row(network, "val")]
         if self._validation is None:
             self._validation = self._videos(self.config.train_on, "val", self.config.validation, self._own_cache())
         scores = self.scores(network, self._validation)
-        row = measures(self._validation, scores)
-        return [row | {"threshold": calibrated(self._validation, scores)}]
+        means = torch.tensor([own.mean() for own in scores], dtype=torch.float64)
+        labels = torch.tensor([video.label for video in self._validation])
+        return [measures(self._validation, scores) | {"threshold": best_threshold(means, labels)}]
 
     def evaluate(self, network: nn.Module) -> list[engine.Row]:
         """One row per forgery family of ``test_on`` with the real videos of its data set, and one per data set."""
@@ -463,25 +466,6 @@ def measures(videos: Sequence[FaceClip], scores: Sequence[np.ndarray]) -> engine
         "clip_accuracy": clips.compute().item(),
         **{name: metric.compute().item() for name, metric in metrics.items()},
     }
-
-
-def calibrated(videos: Sequence[FaceClip], scores: Sequence[np.ndarray]) -> float:
-    """The threshold of video scores with the best mean of hit rate and correct-rejection rate.
-
-    Half way between the two scores that it separates; of equally good ones the middle one. NaN unless there are real
-    and fake videos.
-    """
-    means = np.array([own.mean() for own in scores])
-    labels = np.array([video.label for video in videos])
-    if len(set(labels.tolist())) < 2:
-        return float("nan")
-    places = np.unique(means)
-    middles = (places[1:] + places[:-1]) / 2
-    if not len(middles):
-        return float(places[0])
-    balanced = [((means >= t)[labels == 1].mean() + (means < t)[labels == 0].mean()) / 2 for t in middles]
-    best = np.flatnonzero(np.isclose(balanced, max(balanced)))
-    return float(middles[best[(len(best) - 1) // 2]])
 
 
 def changed(
