@@ -28,7 +28,14 @@ from pyface.errors import UserError
 from pyface.methods import create_model, list_models, load_official
 from pyface.methods.detection import load_detector
 from pyface.methods.gazeforensics import GazeForensics, GazeNetwork, convert, losses, recipe, teacher
-from pyface.methods.gazeforensics.clips import clip_quota, epoch_order, evaluation_clips, padded, training_frames
+from pyface.methods.gazeforensics.clips import (
+    clip_quota,
+    epoch_order,
+    evaluation_clips,
+    padded,
+    paired_order,
+    training_frames,
+)
 from pyface.methods.gazeforensics.detector import spread
 from pyface.methods.gazeforensics.model import FRAMES, expected_degrees, parameters_of, prepared
 from pyface.methods.gazeforensics.recipe import Config, Recipe, measures
@@ -292,6 +299,21 @@ def test_epochs_keep_a_share_of_each_class_and_spare_short_videos(counts, share,
         assert all(kept[i] >= max(kept[mine]) - 1 for i in cut)
 
 
+def test_a_real_clip_comes_with_a_fake_of_the_same_person():
+    labels = [0, 1, 1, 0, 1, 0]
+    people = ["p", "p", "q", "q", "p", "alone"]
+    quota = clip_quota([14 * 6] * 6, labels)
+    fakes = set()
+    for seed in range(8):
+        order = paired_order(quota, labels, people, 0.5, np.random.default_rng(seed))
+        assert [labels[video] for video in order] == [0, 1] * (len(order) // 2)
+        assert np.bincount(order[::2]).tolist() == [3, 0, 0, 3, 0, 3]
+        for real, fake in zip(order[::2], order[1::2]):
+            assert people[real] in (people[fake], "alone")
+            fakes.add((people[real], int(fake)))
+    assert {fake for person, fake in fakes if person == "p"} == {1, 4}
+
+
 # ------------------------------------------------------------------------------------------------------------- teacher
 
 
@@ -467,7 +489,7 @@ def test_settings_that_make_no_sense_are_refused():
 
 def tiny(**changes):
     return Config.preset(
-        "tiny", **{"videos": 2, "validation": 1, "tests": 1, "frames": 16, "image_size": 32, "epochs": 2,
+        "tiny", **{"videos": 2, "validation": 1, "tests": 1, "frames": 16, "image_size": 32, "epochs": 2, "steps": None,
                    "teacher_faces": 32, "teacher_steps": 3, "train_on": "texture,reenactment",
                    "test_on": "texture,colour_transfer", "batch_size": 4, "validate_every": 1} | changes
     )  # fmt: skip
@@ -532,7 +554,7 @@ def steps(folder, config):
 
 def test_cached_embeddings_train_as_the_teacher_does(trained, tmp_path):
     root, config, _, _ = trained
-    config = dataclasses.replace(config, log_every=1, teacher=str(root / "run" / "teacher"), lr=1e-4)
+    config = dataclasses.replace(config, log_every=1, teacher=str(root / "run" / "teacher"), lr=1e-4, precision="no")
     with_cache, _ = steps(tmp_path / "a", config)
     without, _ = steps(tmp_path / "b", dataclasses.replace(config, cached=False))
     assert not (tmp_path / "b" / "embeddings.safetensors").exists()
