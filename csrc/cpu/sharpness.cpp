@@ -19,12 +19,18 @@ constexpr std::int64_t kStreamed = 32LL << 20;    // elements: above this nothin
 constexpr int kAhead = 4096;                      // bytes that reads are prefetched ahead
 constexpr int kNumbers = 5;                       // of a chunk: a, b, k; for double data also sums of x - x and y - y
 
+// As many elements as a vector has doubles. (GCC 12 makes two halves of the conversions with 64 bytes.)
+PYFACE_INLINE f64v load_double(const double* p) { return load(p); }
+#if defined(__AVX512F__)
+PYFACE_INLINE f64v load_double(const float* p) { return (f64v)_mm512_cvtps_pd(_mm256_loadu_ps(p)); }
+PYFACE_INLINE f64v load_double(const bf16* p) {
+  const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
+  return (f64v)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
+}
+#else
 typedef float f32h __attribute__((vector_size(kVectorBytes / 2)));
 typedef std::uint32_t u32h __attribute__((vector_size(kVectorBytes / 2)));
 typedef std::uint16_t u16q __attribute__((vector_size(kVectorBytes / 4)));
-
-// As many elements as a vector has doubles.
-PYFACE_INLINE f64v load_double(const double* p) { return load(p); }
 PYFACE_INLINE f64v load_double(const float* p) {
   f32h h;
   std::memcpy(&h, p, sizeof h);
@@ -35,6 +41,7 @@ PYFACE_INLINE f64v load_double(const bf16* p) {
   std::memcpy(&q, p, sizeof q);
   return __builtin_convertvector((f32h)(__builtin_convertvector(q, u32h) << 16), f64v);
 }
+#endif
 
 PYFACE_INLINE void narrow(double v, double* p) { *p = v; }
 PYFACE_INLINE void narrow(float v, float* p) { *p = v; }

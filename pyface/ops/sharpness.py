@@ -1,10 +1,14 @@
 """Op table of core `sharpness`: norms, ascent, rules and update of sharpness-aware training over lists of tensors.
 
-Every argument is checked here, once, before any pointer is taken.
+Every argument is checked here, once, before any pointer is taken. Lists of plain dense CPU tensors that fit each
+other are recognised as such by the compiled module (`_ran`): over thousands of tensors the checks in Python take longer
+than the work. Whatever is not plain comes here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -77,6 +81,12 @@ def _check(op: str, **lists: Sequence[Tensor]) -> None:
                     f"{op}: {name}[{p}] and {kind}[{p}] must have one shape, got {tuple(first[p].shape)} and "
                     f"{tuple(t.shape)}"
                 )
+
+
+def _check_types(op: str, weights: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for w, other in zip(weights, others, strict=False):
+        if w.dtype != other.dtype:
+            raise TypeError(f"{op}: saved weights and momenta must have the weight's type {w.dtype}, got {other.dtype}")
 
 
 def _check_sums(op: str, count: int, sums: Tensor, nonfinite: Tensor) -> None:
@@ -177,10 +187,16 @@ class _Cpu(Listed):
     def __init__(self):
         self.module, reason = _paths.load_module("_cpu")
         assert self.module is not None, reason  # the registry asked before loading
+        names = ("sums", "perturb", "restore", "combine", "step")
+        self.passes = {name: getattr(self.module, f"sharpness_{name}") for name in names}
+        self.reader = None
+        with contextlib.suppress(AttributeError, ValueError):  # an older torch, or a newer DLPack: checks in Python
+            capsule = torch.Tensor.__dlpack_c_exchange_api__
+            self.reader = self.module.TensorReader(capsule, torch.Tensor, torch.nn.Parameter)
 
     def run(self, name, lists, *arguments):
         arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        getattr(self.module, f"sharpness_{name}")(table(lists), *arguments, torch.get_num_threads())
+        self.passes[name](self.module.SharpnessLists(table(lists)), *arguments, torch.get_num_threads())
 
 
 def _triton() -> Listed:
@@ -252,11 +268,37 @@ def _pick(path: str | None, weights: Sequence[Tensor], *gradients: Sequence[Tens
     return found[0]
 
 
+@functools.cache
+def _cpu() -> _Cpu | None:
+    if _paths.machine_reasons("cpu"):
+        return None
+    core = CORE.pick("cpu", (torch.float32, torch.float32), None)
+    return core if core.reader is not None else None
+
+
+def _ran(path: str | None, name: str, lists, sums: Tensor | None, nonfinite: Tensor | None, *arguments) -> bool:
+    """Runs a pass of the CPU core if the lists and sums are as plain as can be, and says whether it did."""
+    core = _cpu() if path in (None, "cpu") else None
+    if core is None:
+        return False
+    read = core.module.read_sharpness_lists(core.reader, lists, sums, nonfinite)
+    if read is None:
+        return False
+    addresses = () if sums is None else (sums.data_ptr(), nonfinite.data_ptr())
+    core.passes[name](read, *addresses, *arguments, torch.get_num_threads())
+    return True
+
+
 # ---- the ops --------------------------------------------------------------------------------------------------------
 
 
 def _empty_sums(count: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
     return torch.zeros(count + 1, 3, dtype=torch.float64, device=device), torch.zeros(2, device=device)
+
+
+def _quick_sums(xs, ys, weights, eta, path):
+    sums = torch.empty(len(ys) + 1, 3, dtype=torch.float64, device="cpu"), torch.empty(2, device="cpu")
+    return sums if _ran(path, "sums", (weights, None, xs, ys, None), *sums, weights is not None, eta) else None
 
 
 def _norm(ys, weights, eta, path):
@@ -265,6 +307,10 @@ def _norm(ys, weights, eta, path):
     if not ys:
         return _empty_sums(0, None)
     return _pick(path, ys if weights is None else weights, ys).sums(None, ys, weights, eta)
+
+
+def _quick_norm(ys, weights, eta, path):
+    return _quick_sums(None, ys, weights or None, eta, path)
 
 
 def _norm_fake(ys, weights, eta, path):
@@ -276,23 +322,44 @@ def _dots(xs, ys, path):
     return _pick(path, xs, xs, ys).sums(xs, ys, None, 0.0) if ys else _empty_sums(0, None)
 
 
+def _quick_dots(xs, ys, path):
+    return _quick_sums(xs, ys, None, 0.0, path)
+
+
 def _dots_fake(xs, ys, path):
     return _norm_fake(ys, None, 0.0, path)
 
 
 def _perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
     _check("perturb_", weights=weights, saved=saved, ys=ys)
+    _check_types("perturb_", weights, saved)
     _check_sums("perturb_", len(ys), sums, nonfinite)
     if weights:
         _pick(path, weights, ys).perturb_(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta)
         torch.autograd.graph.increment_version((*weights, *saved))
 
 
+def _quick_perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
+    lists = weights, saved, None, ys, None
+    if not _ran(path, "perturb", lists, sums, nonfinite, rho, eps, shrink, eta is not None, eta or 0.0):
+        return None
+    torch.autograd.graph.increment_version((*weights, *saved))
+    return ()
+
+
 def _restore(weights, saved, path):
     _check("restore_", weights=weights, saved=saved)
+    _check_types("restore_", weights, saved)
     if weights:
         _pick(path, weights, saved).restore_(weights, saved)
         torch.autograd.graph.increment_version(weights)
+
+
+def _quick_restore(weights, saved, path):
+    if not _ran(path, "restore", (weights, saved, None, None, None), None, None):
+        return None
+    torch.autograd.graph.increment_version(weights)
+    return ()
 
 
 def _combine(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor, path):
@@ -303,9 +370,19 @@ def _combine(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor, path):
         torch.autograd.graph.increment_version(xs)
 
 
+def _quick_combine(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor, path):
+    lists = None, None, xs, ys, None
+    if not _ran(path, "combine", lists, sums, nonfinite, _RULE_CODES[rule], p0, p1, per_tensor):
+        return None
+    torch.autograd.graph.increment_version(xs)
+    return ()
+
+
 def _step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *rest):
     *sgd, path = rest
     _check("multi_step_", weights=weights, saved=saved, xs=xs, ys=ys, **({"momenta": momenta} if momenta else {}))
+    for others in (saved, momenta):
+        _check_types("multi_step_", weights, others)
     _check_sums("multi_step_", len(ys), sums, nonfinite)
     if weights:
         run = _pick(path, weights, xs, ys)
@@ -313,7 +390,18 @@ def _step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_te
         torch.autograd.graph.increment_version((*weights, *momenta))
 
 
-def _define(name: str, schema: str, implementation: Callable, fake: Callable | None = None) -> Callable:
+def _quick_step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *rest):
+    *sgd, path = rest
+    lists = weights, saved, xs, ys, momenta or None
+    if not _ran(path, "step", lists, sums, nonfinite, _RULE_CODES[rule], p0, p1, per_tensor, *sgd):
+        return None
+    torch.autograd.graph.increment_version((*weights, *momenta))
+    return ()
+
+
+def _define(
+    name: str, schema: str, implementation: Callable, quick: Callable, fake: Callable | None = None
+) -> Callable:
     """Registers `pyface::<name>`, whose schema says what it writes, and returns its eager door."""
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
@@ -323,6 +411,9 @@ def _define(name: str, schema: str, implementation: Callable, fake: Callable | N
     def call(*args):
         if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
             return dispatched(*args)
+        done = quick(*args)
+        if done is not None:
+            return done
         with torch.no_grad():
             return implementation(*args)
 
@@ -331,23 +422,33 @@ def _define(name: str, schema: str, implementation: Callable, fake: Callable | N
 
 _RULE = "Tensor sums, Tensor nonfinite, str rule, float p0, float p1, bool per_tensor"
 _norm_op = _define(
-    "multi_norm", "(Tensor[] ys, Tensor[] weights, float eta, str? path) -> (Tensor, Tensor)", _norm, _norm_fake
+    "multi_norm",
+    "(Tensor[] ys, Tensor[] weights, float eta, str? path) -> (Tensor, Tensor)",
+    _norm,
+    _quick_norm,
+    _norm_fake,
 )
-_dots_op = _define("multi_dots", "(Tensor[] xs, Tensor[] ys, str? path) -> (Tensor, Tensor)", _dots, _dots_fake)
+_dots_op = _define(
+    "multi_dots", "(Tensor[] xs, Tensor[] ys, str? path) -> (Tensor, Tensor)", _dots, _quick_dots, _dots_fake
+)
 _perturb_op = _define(
     "perturb_",
     "(Tensor(a!)[] weights, Tensor(b!)[] saved, Tensor[] ys, Tensor sums, Tensor nonfinite, float[] rho, float eps, "
     "float shrink, "
     "float? eta, str? path) -> ()",
     _perturb,
+    _quick_perturb,
 )
-_restore_op = _define("restore_", "(Tensor(a!)[] weights, Tensor[] saved, str? path) -> ()", _restore)
-_combine_op = _define("multi_combine_", f"(Tensor(a!)[] xs, Tensor[] ys, {_RULE}, str? path) -> ()", _combine)
+_restore_op = _define("restore_", "(Tensor(a!)[] weights, Tensor[] saved, str? path) -> ()", _restore, _quick_restore)
+_combine_op = _define(
+    "multi_combine_", f"(Tensor(a!)[] xs, Tensor[] ys, {_RULE}, str? path) -> ()", _combine, _quick_combine
+)
 _step_op = _define(
     "multi_step_",
     f"(Tensor(a!)[] weights, Tensor[] saved, Tensor[] xs, Tensor[] ys, Tensor(b!)[] momenta, {_RULE}, float lr, "
     "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first, str? path) -> ()",
     _step,
+    _quick_step,
 )
 
 
@@ -399,12 +500,11 @@ def perturb_(
         shrink: taken off the factor of y (SAGM).
         eta: not None: the ascent of ASAM, y times (|w| + eta)²; `sums` must then be taken with the weights.
     """
-    rhos = [float(rho)] * len(weights) if isinstance(rho, int | float) else [float(r) for r in rho]
+    rhos = [float(rho)] * len(weights) if isinstance(rho, int | float) else list(map(float, rho))
     if len(rhos) != len(weights):
         raise ValueError(f"perturb_: rho must be one number or one per tensor ({len(weights)}), got {len(rhos)}")
-    if not all(0 <= r < float("inf") for r in rhos):
+    if not all(0 <= r < float("inf") for r in set(rhos)):
         raise ValueError(f"perturb_: rho must be finite and not negative, got {rho}")
-    _same_types("perturb_", weights, saved)
     _perturb_op(
         list(weights),
         list(saved),
@@ -421,7 +521,6 @@ def perturb_(
 
 def restore_(weights: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
     """Gives the weights the bits of `saved`, in the memory they have."""
-    _same_types("restore_", weights, saved)
     _restore_op(list(weights), list(saved), chosen_path())
 
 
@@ -498,18 +597,9 @@ def multi_step_(
             f"multi_step_: momentum {momentum} needs {'a buffer per weight' if momentum else 'no buffers'}, "
             f"got {len(momenta or ())}"
         )
-    _same_types("multi_step_", weights, saved)
-    if momenta:
-        _same_types("multi_step_", weights, momenta)
     per_tensor = _granularity("multi_step_", rule, granularity)
     _step_op(
         list(weights), list(saved), list(xs), list(ys), list(momenta or ()), sums.values, sums.nonfinite, rule, p0, p1,
         per_tensor, float(lr), float(momentum), float(dampening), float(weight_decay), nesterov, maximize, first,
         chosen_path(),
     )  # fmt: skip
-
-
-def _same_types(op: str, weights: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    for w, other in zip(weights, others, strict=False):
-        if w.dtype != other.dtype:
-            raise TypeError(f"{op}: saved weights and momenta must have the weight's type {w.dtype}, got {other.dtype}")
