@@ -114,18 +114,21 @@ void sum_chunk(const W* w, const G* x, const G* y, double eta, std::int64_t n, d
     if (kind == Sums::dots) a[j] += xv * xv, k[j] += xv * yv;
     b[j] += yv * yv;
   };
-  std::int64_t i = 0;
-  for (; i + unroll * lanes <= n; i += unroll * lanes) {
-    prefetch(y + i);
-    if (kind == Sums::dots) prefetch(x + i);
+  // Two halves of the chunk at once: two places in memory are read faster than one.
+  const std::int64_t half = n / (unroll * lanes) * (unroll / 2 * lanes);
+  for (std::int64_t at = 0; at < half; at += unroll / 2 * lanes) {
     for (int j = 0; j < unroll; ++j) {
-      f64v yv = load_double(y + i + j * lanes), xv = {};
-      if (kind == Sums::dots) xv = load_double(x + i + j * lanes);
+      const std::int64_t i = at + j / 2 * half + j % 2 * lanes;
+      if (j % 2 == 0) prefetch(y + i);
+      if (j % 2 == 0 && kind == Sums::dots) prefetch(x + i);
+      f64v yv = load_double(y + i), xv = {};
+      if (kind == Sums::dots) xv = load_double(x + i);
       if (doubles) bad_x += xv - xv, bad_y += yv - yv;
-      if (kind == Sums::adaptive) yv *= absolute(load_double(w + i + j * lanes)) + eta;
+      if (kind == Sums::adaptive) yv *= absolute(load_double(w + i)) + eta;
       take(j, xv, yv);
     }
   }
+  std::int64_t i = 2 * half;
   for (; i < n; ++i) {  // one element in lane 0
     f64v xv = {}, yv = {};
     yv[0] = widen(y[i]);
@@ -242,9 +245,20 @@ void sharpness_perturb(const Sharpness& s, int threads) {
 }
 
 void sharpness_restore(const Sharpness& s, int threads) {
+  const bool streams = total_size(s) > kStreamed;
   for_chunks(s, threads, [&](const SharpnessTensor& t, std::int64_t, std::int64_t first, std::int64_t n, std::int64_t) {
-    const std::int64_t bytes = t.weight_type == DType::f64 ? 8 : t.weight_type == DType::f32 ? 4 : 2;
-    std::memcpy(static_cast<char*>(t.weight) + first * bytes, static_cast<char*>(t.saved) + first * bytes, n * bytes);
+    const std::int64_t width = t.weight_type == DType::f64 ? 8 : t.weight_type == DType::f32 ? 4 : 2;
+    char* w = static_cast<char*>(t.weight) + first * width;
+    const char* saved = static_cast<const char*>(t.saved) + first * width;
+    std::int64_t bytes = n * width, i = 0;
+    if (streams && is_vector_aligned(w))
+      for (; i + kVectorBytes <= bytes; i += kVectorBytes) {
+        prefetch(saved + i);
+        f32v bits;
+        std::memcpy(&bits, saved + i, sizeof bits);
+        store_streaming(reinterpret_cast<float*>(w + i), bits);
+      }
+    std::memcpy(w + i, saved + i, bytes - i);
   });
 }
 
