@@ -162,6 +162,22 @@ if devices == 0:
     lists.where = lambda tensor: (0, 0)
     half = [torch.zeros(3, dtype=torch.float16)]
     sums, sgd = (torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2)), (0.1, 0.9, 0.0, 0.0, True, False, False)
+    # What the module reads off lists of tensors is what Python writes down about them.
+    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        from pyface.ops.sharpness import table
+
+        reader = _cuda.TensorReader(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter, 1)
+        f32, f64, f16 = torch.float32, torch.float64, torch.float16
+        kinds = [(f32, f16), (torch.bfloat16, torch.bfloat16), (f16, f32), (f64, f64)]
+        weights, gradients = [[torch.zeros(2, 3, dtype=kind[i]).t() for kind in kinds] for i in range(2)]
+        plain, values = (weights, None, gradients, gradients, weights), torch.zeros(5, 3, dtype=f64)
+        for some in ((None, None), (values, torch.zeros(2))):
+            assert _cuda.read_sharpness_lists(reader, plain, *some).table == table(plain)
+        assert lists.read(plain, None, None) is None  # these are no CUDA tensors
+        assert _cuda.read_sharpness_lists(reader, plain, *sums) is None
+        for unfit in (([values], None, None, [values.half()], None), (weights, None, None, gradients[:2], None),
+                      (weights, None, None, [t.contiguous() for t in gradients], None)):
+            assert _cuda.read_sharpness_lists(reader, unfit, None, None) is None
     core, x = _Cuda(_cuda), torch.zeros(2, 4, 2, 2)
     core.where = lambda tensor: (0, 0)
     options = dict(clamp=2.0, activation="sigmoid", inverse=False)

@@ -11,7 +11,6 @@
 #include <utility>
 #include <vector>
 
-#include "bindings/dlpack.h"
 #include "bindings/sharpness.h"
 #include "cpu/attention.h"
 #include "cpu/coupling.h"
@@ -204,66 +203,10 @@ void deform_conv_backward(const std::array<std::int64_t, 9>& sizes, const std::a
                [&](void* scratch) { PYFACE_CALL(deform_conv_backward, args, scratch, threads); });
 }
 
-// Kept by Python from the reading of a list of tensors to the call; then they may be gone.
-struct SharpnessLists {
-  SharpnessTable table;
-};
-
-// The table of the lists (weights, saved, xs, ys, momenta; None for one that is not there), and a look at the sums; None where
-// anything is not as plain as can be. Then Python's checks tell what is wrong, or how it is dealt with.
-py::object read_sharpness_lists(const TensorReader& reader, const std::array<py::object, 5>& lists, py::object sums,
-                                py::object nonfinite) {
-  constexpr int kinds = 5;
-  PyObject* sequences[kinds] = {};
-  Py_ssize_t count = -1;
-  for (int kind = 0; kind < kinds; ++kind) {
-    if (lists[kind].is_none()) continue;
-    sequences[kind] = lists[kind].ptr();
-    if (!PyList_CheckExact(sequences[kind])) return py::none();
-    if (count >= 0 && PyList_GET_SIZE(sequences[kind]) != count) return py::none();
-    count = PyList_GET_SIZE(sequences[kind]);
-  }
-  if (count <= 0) return py::none();
-  SharpnessLists result;
-  result.table.reserve(count * 8);
-  for (Py_ssize_t p = 0; p < count; ++p) {
-    DLTensor first{};
-    bool begun = false;
-    DType weight{}, gradient{};
-    bool has_weight = false, has_gradient = false;
-    std::int64_t row[8] = {};
-    for (int kind = 0; kind < kinds; ++kind) {
-      if (!sequences[kind]) continue;
-      DLTensor t;
-      DType type;
-      if (!reader.read(PyList_GET_ITEM(sequences[kind], p), &t) || !TensorReader::type_of(t, &type)) return py::none();
-      if (begun ? !TensorReader::same_order(first, t) : !TensorReader::is_dense(t)) return py::none();
-      if (!begun) first = t, begun = true;
-      const bool is_gradient = kind == 2 || kind == 3;
-      DType& known = is_gradient ? gradient : weight;
-      bool& has = is_gradient ? has_gradient : has_weight;
-      if (has && known != type) return py::none();
-      known = type, has = true;
-      row[kind] = reinterpret_cast<std::int64_t>(TensorReader::data_of(t));
-    }
-    if (!has_weight) weight = gradient;
-    if (!has_gradient) gradient = weight;
-    if (weight != gradient && !(weight == DType::f32 && gradient == DType::bf16)) return py::none();
-    row[5] = TensorReader::size_of(first), row[6] = static_cast<int>(weight), row[7] = static_cast<int>(gradient);
-    result.table.insert(result.table.end(), row, row + 8);
-  }
-  if (!sums.is_none()) {
-    DLTensor values, flags;
-    DType type;
-    if (!reader.read(sums.ptr(), &values) || !TensorReader::type_of(values, &type) || type != DType::f64 ||
-        values.ndim != 2 || values.shape[0] != count + 1 || values.shape[1] != 3 || values.strides[1] != 1 ||
-        values.strides[0] != 3)
-      return py::none();
-    if (!reader.read(nonfinite.ptr(), &flags) || !TensorReader::type_of(flags, &type) || type != DType::f32 ||
-        flags.ndim != 1 || flags.shape[0] != 2 || flags.strides[0] != 1)
-      return py::none();
-  }
-  return py::cast(std::move(result));
+// Of a weight and its gradient.
+bool takes_sharpness_types(DType weight, DType gradient) {
+  if (weight == DType::f16 || gradient == DType::f16) return false;
+  return weight == gradient || (weight == DType::f32 && gradient == DType::bf16);
 }
 
 void sharpness_sums(const SharpnessLists& lists, Address sums, Address nonfinite, bool adaptive, double eta, int threads) {
@@ -403,11 +346,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("deform_conv", &deform_conv);
   m.def("deform_conv_backward", &deform_conv_backward);
   m.def("spectral", &spectral);
-  py::class_<TensorReader>(m, "TensorReader").def(py::init<py::object, py::object, py::object>());
-  py::class_<SharpnessLists>(m, "SharpnessLists").def(py::init([](SharpnessTable table) {
-    return SharpnessLists{std::move(table)};
-  }));
-  m.def("read_sharpness_lists", &read_sharpness_lists);
+  define_sharpness_lists(m, takes_sharpness_types);
   m.def("sharpness_sums", &sharpness_sums);
   m.def("sharpness_perturb", &sharpness_perturb);
   m.def("sharpness_restore", &sharpness_restore);

@@ -37,22 +37,22 @@ struct DLPackExchange {
 
 class TensorReader {
  public:
-  // capsule: torch.Tensor.__dlpack_c_exchange_api__; plain types of tensors, whose memory is what it seems to be.
-  TensorReader(pybind11::object capsule, pybind11::object tensor, pybind11::object parameter)
-      : tensor_(tensor.ptr()), parameter_(parameter.ptr()) {
+  // capsule: torch.Tensor.__dlpack_c_exchange_api__; plain types of tensors, whose memory is what it seems to be; where that
+  // is: 1 on the CPU, 2 on a CUDA device.
+  TensorReader(pybind11::object capsule, pybind11::object tensor, pybind11::object parameter, int device_type)
+      : tensor_(tensor.ptr()), parameter_(parameter.ptr()), device_type_(device_type) {
     const auto* api = static_cast<const DLPackExchange*>(PyCapsule_GetPointer(capsule.ptr(), "dlpack_exchange_api"));
     if (!api) throw pybind11::error_already_set();
     if (api->major != 1 || !api->view) throw pybind11::value_error("another DLPack than version 1");
     view_ = api->view;
   }
 
-  // False where this is no plain dense CPU tensor. `view` holds until control returns to Python.
+  // False where this is no plain tensor on such a device. `view` holds until control returns to Python.
   bool read(PyObject* object, DLTensor* view) const {
     const auto* type = reinterpret_cast<PyObject*>(Py_TYPE(object));
     if (type != tensor_ && type != parameter_) return false;
     if (view_(object, view) != 0) return PyErr_Clear(), false;
-    constexpr std::int32_t cpu = 1;
-    return view->device_type == cpu && view->lanes == 1;
+    return view->device_type == device_type_ && view->lanes == 1;
   }
 
   // False for types the cores do not know.
@@ -60,6 +60,7 @@ class TensorReader {
     constexpr std::uint8_t real = 2, brain = 4;
     if (t.code == real && t.bits == 32) return *type = DType::f32, true;
     if (t.code == real && t.bits == 64) return *type = DType::f64, true;
+    if (t.code == real && t.bits == 16) return *type = DType::f16, true;
     if (t.code == brain && t.bits == 16) return *type = DType::bf16, true;
     return false;
   }
@@ -87,8 +88,9 @@ class TensorReader {
     return true;
   }
 
+  // On one device, and their elements lie in one order.
   static bool same_order(const DLTensor& a, const DLTensor& b) {
-    if (a.ndim != b.ndim) return false;
+    if (a.ndim != b.ndim || a.device_id != b.device_id) return false;
     for (int i = 0; i < a.ndim; ++i)
       if (a.shape[i] != b.shape[i] || (a.shape[i] != 1 && a.strides[i] != b.strides[i])) return false;
     return true;
@@ -97,6 +99,7 @@ class TensorReader {
  private:
   static constexpr int kDims = 16;
   PyObject *tensor_, *parameter_;  // they live as long as torch does
+  std::int32_t device_type_;
   int (*view_)(void*, DLTensor*);
 };
 

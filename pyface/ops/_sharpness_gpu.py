@@ -5,26 +5,22 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pyface.ops.sharpness import Listed, table
+from pyface.ops.sharpness import Compiled, Listed
 
 
-class Cuda(Listed):
+class Cuda(Compiled):
     """The core of the compiled module `pyface._cuda`: hands over addresses."""
 
     def __init__(self, module):
-        self.module = module
+        super().__init__(module, 2)
 
-    def where(self, t: Tensor) -> tuple[int, int]:
-        return t.device.index, torch.cuda.current_stream(t.device).cuda_stream
+    def where(self, some: Tensor) -> tuple[int, ...]:
+        return some.device.index, torch.cuda.current_stream(some.device).cuda_stream
 
-    def run(self, name, lists, *arguments):
-        addresses = table(lists)
-        some = next(filter(None, lists))[0]
-        arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+    def call(self, name, read, some, *arguments):
         if name == "sums":
-            scratch = some.new_empty(self.module.sharpness_scratch(addresses), dtype=torch.uint8)
-            arguments.append(scratch.data_ptr())
-        getattr(self.module, f"sharpness_{name}")(addresses, *arguments, *self.where(some))
+            arguments += (some.new_empty(self.module.sharpness_scratch(read), dtype=torch.uint8),)
+        super().call(name, read, some, *arguments)
 
 
 class Triton(Listed):

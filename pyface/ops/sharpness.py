@@ -1,6 +1,6 @@
 """Op table of core `sharpness`: norms, ascent, rules and update of sharpness-aware training over lists of tensors.
 
-Every argument is checked here, once, before any pointer is taken. Lists of plain dense CPU tensors that fit each
+Every argument is checked here, once, before any pointer is taken. Lists of plain dense tensors that fit each
 other are recognised as such by the compiled module (`_ran`): over thousands of tensors the checks in Python take longer
 than the work. Whatever is not plain comes here.
 """
@@ -183,20 +183,40 @@ def table(lists, address=Tensor.data_ptr, null=0) -> list:
     return rows
 
 
-class _Cpu(Listed):
-    def __init__(self):
-        self.module, reason = _paths.load_module("_cpu")
-        assert self.module is not None, reason  # the registry asked before loading
-        names = ("sums", "perturb", "restore", "combine", "step")
-        self.passes = {name: getattr(self.module, f"sharpness_{name}") for name in names}
+class Compiled(Listed):
+    """The passes of a compiled module, `pyface._cpu` or `pyface._cuda`."""
+
+    names = ("sums", "perturb", "restore", "combine", "step")
+
+    def __init__(self, module, device_type: int):
+        self.module = module
+        self.passes = {name: getattr(self.module, f"sharpness_{name}") for name in self.names}
         self.reader = None
         with contextlib.suppress(AttributeError, ValueError):  # an older torch, or a newer DLPack: checks in Python
             capsule = torch.Tensor.__dlpack_c_exchange_api__
-            self.reader = self.module.TensorReader(capsule, torch.Tensor, torch.nn.Parameter)
+            self.reader = module.TensorReader(capsule, torch.Tensor, torch.nn.Parameter, device_type)
+
+    def read(self, lists, sums: Tensor | None, nonfinite: Tensor | None):
+        """The lists as the passes take them, or None if they or the sums are not as plain as can be."""
+        return None if self.reader is None else self.module.read_sharpness_lists(self.reader, lists, sums, nonfinite)
 
     def run(self, name, lists, *arguments):
+        self.call(name, self.module.SharpnessLists(table(lists)), next(filter(None, lists))[0], *arguments)
+
+    def call(self, name: str, read, some: Tensor, *arguments) -> None:
+        """Runs a pass over lists that were read, of which `some` tensor is one."""
         arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        self.passes[name](self.module.SharpnessLists(table(lists)), *arguments, torch.get_num_threads())
+        self.passes[name](read, *arguments, *self.where(some))
+
+
+class _Cpu(Compiled):
+    def __init__(self):
+        module, reason = _paths.load_module("_cpu")
+        assert module is not None, reason  # the registry asked before loading
+        super().__init__(module, 1)
+
+    def where(self, some: Tensor) -> tuple[int, ...]:
+        return (torch.get_num_threads(),)
 
 
 def _triton() -> Listed:
@@ -269,23 +289,26 @@ def _pick(path: str | None, weights: Sequence[Tensor], *gradients: Sequence[Tens
 
 
 @functools.cache
-def _cpu() -> _Cpu | None:
-    if _paths.machine_reasons("cpu"):
+def _compiled(device: str) -> Compiled | None:
+    """What serves plain lists of a type of device."""
+    if device not in ("cpu", "cuda") or _paths.machine_reasons(device):
         return None
-    core = CORE.pick("cpu", (torch.float32, torch.float32), None)
-    return core if core.reader is not None else None
+    return CORE.pick(device, (torch.float32, torch.float32), device)
 
 
-def _ran(path: str | None, name: str, lists, sums: Tensor | None, nonfinite: Tensor | None, *arguments) -> bool:
-    """Runs a pass of the CPU core if the lists and sums are as plain as can be, and says whether it did."""
-    core = _cpu() if path in (None, "cpu") else None
+def _ran(path: str | None, name: str, lists, some: Tensor, *arguments) -> bool:
+    """Runs a pass of a compiled core if the lists and sums are as plain as can be, and says whether it did.
+
+    arguments: sums and flags, if the pass takes any, then the rest.
+    """
+    device = some.device.type
+    core = _compiled(device) if path in (None, device) else None
     if core is None:
         return False
-    read = core.module.read_sharpness_lists(core.reader, lists, sums, nonfinite)
+    read = core.read(lists, *(arguments[:2] or (None, None)))
     if read is None:
         return False
-    addresses = () if sums is None else (sums.data_ptr(), nonfinite.data_ptr())
-    core.passes[name](read, *addresses, *arguments, torch.get_num_threads())
+    core.call(name, read, some, *arguments)
     return True
 
 
@@ -297,8 +320,12 @@ def _empty_sums(count: int, device: torch.device | None) -> tuple[Tensor, Tensor
 
 
 def _quick_sums(xs, ys, weights, eta, path):
-    sums = torch.empty(len(ys) + 1, 3, dtype=torch.float64, device="cpu"), torch.empty(2, device="cpu")
-    return sums if _ran(path, "sums", (weights, None, xs, ys, None), *sums, weights is not None, eta) else None
+    if not ys:
+        return None
+    device = ys[0].device
+    sums = torch.empty(len(ys) + 1, 3, dtype=torch.float64, device=device), torch.empty(2, device=device)
+    lists = weights, None, xs, ys, None
+    return sums if _ran(path, "sums", lists, ys[0], *sums, weights is not None, eta) else None
 
 
 def _norm(ys, weights, eta, path):
@@ -341,7 +368,9 @@ def _perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
 
 def _quick_perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
     lists = weights, saved, None, ys, None
-    if not _ran(path, "perturb", lists, sums, nonfinite, rho, eps, shrink, eta is not None, eta or 0.0):
+    if not ys or not _ran(
+        path, "perturb", lists, ys[0], sums, nonfinite, rho, eps, shrink, eta is not None, eta or 0.0
+    ):
         return None
     torch.autograd.graph.increment_version((*weights, *saved))
     return ()
@@ -356,7 +385,7 @@ def _restore(weights, saved, path):
 
 
 def _quick_restore(weights, saved, path):
-    if not _ran(path, "restore", (weights, saved, None, None, None), None, None):
+    if not weights or not _ran(path, "restore", (weights, saved, None, None, None), weights[0]):
         return None
     torch.autograd.graph.increment_version(weights)
     return ()
@@ -372,7 +401,7 @@ def _combine(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor, path):
 
 def _quick_combine(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor, path):
     lists = None, None, xs, ys, None
-    if not _ran(path, "combine", lists, sums, nonfinite, _RULE_CODES[rule], p0, p1, per_tensor):
+    if not xs or not _ran(path, "combine", lists, xs[0], sums, nonfinite, _RULE_CODES[rule], p0, p1, per_tensor):
         return None
     torch.autograd.graph.increment_version(xs)
     return ()
@@ -393,7 +422,7 @@ def _step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_te
 def _quick_step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *rest):
     *sgd, path = rest
     lists = weights, saved, xs, ys, momenta or None
-    if not _ran(path, "step", lists, sums, nonfinite, _RULE_CODES[rule], p0, p1, per_tensor, *sgd):
+    if not xs or not _ran(path, "step", lists, xs[0], sums, nonfinite, _RULE_CODES[rule], p0, p1, per_tensor, *sgd):
         return None
     torch.autograd.graph.increment_version((*weights, *momenta))
     return ()

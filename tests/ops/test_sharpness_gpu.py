@@ -100,6 +100,27 @@ def test_two_thousand_small_tensors(core):
     check_rule(core, (F32, F32), "constrained", {"lower": 0.3, "upper": 0.6}, True, [64] * 2000, "cuda")
 
 
+@pytest.mark.slow
+def test_more_elements_than_32_bits_count(path):
+    size = 2**31 + 5
+    if torch.cuda.mem_get_info()[0] < 8 * size:
+        pytest.skip("needs 16 GiB of free GPU memory")
+    y = [torch.ones(size, dtype=BF16, device="cuda")]
+    y[0][-1] = 3
+    sums = multi_norm(y)
+    assert sums.values[:, 1].tolist() == [size + 8] * 2
+    w = [torch.zeros_like(y[0])]
+    w[0][-1] = 5
+    saved = [torch.empty_like(w[0])]
+    perturb_(w, y, saved, sums, 100.0 * (size + 8) ** 0.5)
+    assert (w[0][0].item(), w[0][-1].item(), saved[0][-1].item()) == (100, 304, 5)
+    assert w[0].min().item() == 100
+    restore_(w, saved)
+    assert (w[0][0].item(), w[0][-1].item()) == (0, 5)
+    y[0][-1] = float("nan")
+    assert multi_norm(y).nonfinite.tolist() == [0, 1]
+
+
 def test_twenty_runs_and_two_streams_give_the_same_bits(path):
     _, x, y = to("cuda", *make([3_000_001, 5, 70000]))
     expected = multi_dots(x, y).values
