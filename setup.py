@@ -22,7 +22,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 CPU_CORES = ["attention", "coupling", "deform_conv", "dense_block", "sharpness", "spectral"]
-CUDA_CORES = ["attention", "coupling", "deform_conv", "spectral"]
+CUDA_CORES = ["attention", "coupling", "deform_conv", "sharpness", "spectral"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx2", "-mfma", "-mprefer-vector-width=512"]
 X86_ISAS = {
     "baseline": [],

@@ -36,7 +36,7 @@ fi
 part build env PYFACE_CUDA=required "$PYTHON" -m pip install --no-build-isolation --no-deps -e .
 part info "$PYTHON" -m pyface info
 part tests "$PYTHON" -m pytest -m gpu
-for name in attention coupling deform_conv spectral proface_s engine; do
+for name in attention coupling deform_conv sharpness spectral proface_s engine; do
     part "bench-$name" "$PYTHON" -m pyface bench "$name" --device cuda --out "$OUT" ${QUICK:+--quick}
 done
 

@@ -115,7 +115,8 @@ def test_attention_is_multiplied_by_tensor_cores_where_its_types_allow(tmp_path)
 @pytest.mark.slow
 def test_module_links_and_imports_without_a_gpu(tmp_path):
     pybind11 = pytest.importorskip("pybind11")
-    objects = [tmp_path / f"{name}.o" for name in ("attention", "coupling", "deform_conv", "spectral", "bindings")]
+    cores = ("attention", "coupling", "deform_conv", "sharpness", "spectral")
+    objects = [tmp_path / f"{name}.o" for name in (*cores, "bindings")]
     flags = [*FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", '-DPYFACE_CUDA_ARCHS="80;90"']
     archs = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]", "--threads=2"]
     for target in objects[:-1]:
@@ -155,6 +156,28 @@ if devices == 0:
 
     filters, keep, sign = spectral._Cuda(_cuda), torch.ones(5, 5), torch.zeros(2, 4, 5, 5, dtype=torch.int8)
     filters.where = lambda tensor: (0, 0)
+    from pyface.ops import _sharpness_gpu
+
+    lists = _sharpness_gpu.Cuda(_cuda)
+    lists.where = lambda tensor: (0, 0)
+    half = [torch.zeros(3, dtype=torch.float16)]
+    sums, sgd = (torch.zeros(2, 3, dtype=torch.float64), torch.zeros(2)), (0.1, 0.9, 0.0, 0.0, True, False, False)
+    # What the module reads off lists of tensors is what Python writes down about them.
+    if hasattr(torch.Tensor, "__dlpack_c_exchange_api__"):
+        from pyface.ops.sharpness import table
+
+        reader = _cuda.TensorReader(torch.Tensor.__dlpack_c_exchange_api__, torch.Tensor, torch.nn.Parameter, 1)
+        f32, f64, f16 = torch.float32, torch.float64, torch.float16
+        kinds = [(f32, f16), (torch.bfloat16, torch.bfloat16), (f16, f32), (f64, f64)]
+        weights, gradients = [[torch.zeros(2, 3, dtype=kind[i]).t() for kind in kinds] for i in range(2)]
+        plain, values = (weights, None, gradients, gradients, weights), torch.zeros(5, 3, dtype=f64)
+        for some in ((None, None), (values, torch.zeros(2))):
+            assert _cuda.read_sharpness_lists(reader, plain, *some).table == table(plain)
+        assert lists.read(plain, None, None) is None  # these are no CUDA tensors
+        assert _cuda.read_sharpness_lists(reader, plain, *sums) is None
+        for unfit in (([values], None, None, [values.half()], None), (weights, None, None, gradients[:2], None),
+                      (weights, None, None, [t.contiguous() for t in gradients], None)):
+            assert _cuda.read_sharpness_lists(reader, unfit, None, None) is None
     core, x = _Cuda(_cuda), torch.zeros(2, 4, 2, 2)
     core.where = lambda tensor: (0, 0)
     options = dict(clamp=2.0, activation="sigmoid", inverse=False)
@@ -174,6 +197,12 @@ if devices == 0:
         lambda: attention.forward(*every[:3], None, None, None, None, False, 0.5, 1, 1.0, False),
         lambda: attention.backward(heads, lse, *every, heads, lse, True, 0.5, 5, 4.0, [True] * 7),
         lambda: attention.sum(torch.zeros(2, 3), torch.float32),
+        lambda: lists.sums(half, half, None, 0.0),
+        lambda: lists.sums(None, half, half, 0.1),
+        lambda: lists.perturb_(half, half, half, *sums, [0.1], 1e-12, 0.0, None),
+        lambda: lists.restore_(half, half),
+        lambda: lists.combine_(half, half, *sums, "gsam", 0.4, 0.0, False),
+        lambda: lists.step_(half, half, half, half, half, *sums, "gsam", 0.4, 0.0, True, *sgd),
         lambda: torch.use_deterministic_algorithms(True) or conv.backward(grad, *tensors, mask, *geometry, ones[0]),
     ):
         try:
@@ -200,3 +229,22 @@ def test_spectral_kernels_are_compiled_with_64_bit_offsets_and_exact_divisions(t
     for name, body in entries.items():
         assert re.search(r"(mul|mad)\.lo\.s64", body), name
         assert not re.search(r"div\.(approx|full)", body), f"{name}: fast-math slipped in"
+
+
+@pytest.mark.slow
+def test_sharpness_kernels_move_16_bytes_at_a_time_and_keep_no_copy_of_their_table(tmp_path):
+    ptx = tmp_path / "sharpness.ptx"
+    nvcc(*FLAGS, "-ptx", "-arch=compute_90", CSRC / "cuda" / "sharpness.cu", "-o", ptx)
+    _, *pieces = re.split(r"\.entry (\w+)\(", ptx.read_text())
+    counted = {}
+    for name, body in zip(pieces[::2], pieces[1::2], strict=True):
+        kind = re.search(r"(sums|finish|perturb|restore|combine|step)_kernel", name)[1]
+        counted[kind] = counted.get(kind, 0) + 1
+        assert ".local" not in body, f"{name}: arguments are copied to local memory"
+        assert not re.search(r"div\.(approx|full)", body), f"{name}: fast-math slipped in"
+        assert ("atom" in body) == (kind == "finish"), f"{name}: a sum in no fixed order"
+        if kind != "finish":
+            assert re.search(r"ld\.global\.v(4|2\.f64)", body), f"{name}: not read 16 bytes at a time"
+        if kind not in ("finish", "sums"):
+            assert "st.global.wb.v4" in body, f"{name}: not written 16 bytes at a time"
+    assert counted == {"sums": 4 + 8 + 4, "finish": 1, "perturb": 8, "restore": 4, "combine": 4, "step": 8}

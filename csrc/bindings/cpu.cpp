@@ -11,6 +11,7 @@
 #include <utility>
 #include <vector>
 
+#include "bindings/sharpness.h"
 #include "cpu/attention.h"
 #include "cpu/coupling.h"
 #include "cpu/deform_conv.h"
@@ -202,62 +203,41 @@ void deform_conv_backward(const std::array<std::int64_t, 9>& sizes, const std::a
                [&](void* scratch) { PYFACE_CALL(deform_conv_backward, args, scratch, threads); });
 }
 
-// table: (weight, saved, x, y, momentum, size, weight type, gradient type) of each tensor, one after the other.
-struct SharpnessCall {
-  std::vector<SharpnessTensor> tensors;
-  Sharpness args{};
+// Of a weight and its gradient.
+bool takes_sharpness_types(DType weight, DType gradient) {
+  if (weight == DType::f16 || gradient == DType::f16) return false;
+  return weight == gradient || (weight == DType::f32 && gradient == DType::bf16);
+}
 
-  SharpnessCall(const std::vector<std::int64_t>& table, Address sums, Address nonfinite) {
-    constexpr std::size_t columns = 8;
-    tensors.reserve(table.size() / columns);
-    for (std::size_t i = 0; i + columns <= table.size(); i += columns)
-      tensors.push_back({out(table[i]), out(table[i + 1]), out(table[i + 2]), out(table[i + 3]), out(table[i + 4]),
-                         table[i + 5], static_cast<DType>(table[i + 6]), static_cast<DType>(table[i + 7])});
-    args.tensors = tensors.data();
-    args.count = static_cast<std::int64_t>(tensors.size());
-    args.sums = static_cast<double*>(out(sums));
-    args.nonfinite = static_cast<float*>(out(nonfinite));
-  }
-};
-
-void sharpness_sums(const std::vector<std::int64_t>& table, Address sums, Address nonfinite, bool adaptive, double eta,
-                    int threads) {
-  SharpnessCall call(table, sums, nonfinite);
-  call.args.adaptive = adaptive, call.args.eta = eta;
+void sharpness_sums(const SharpnessLists& lists, Address sums, Address nonfinite, bool adaptive, double eta, int threads) {
+  const SharpnessCall call(lists.table, sums, nonfinite, {}, 0, 0, adaptive, eta);
   const std::int64_t bytes = PYFACE_CALL(sharpness_scratch, call.args);
   with_scratch("sharpness", bytes, [&](void* scratch) { PYFACE_CALL(sharpness_sums, call.args, scratch, threads); });
 }
 
-void sharpness_perturb(const std::vector<std::int64_t>& table, Address sums, Address nonfinite,
-                       const std::vector<double>& rho, double eps, double shrink, bool adaptive, double eta, int threads) {
-  SharpnessCall call(table, sums, nonfinite);
-  call.args.rho = rho.data(), call.args.eps = eps, call.args.shrink = shrink;
-  call.args.adaptive = adaptive, call.args.eta = eta;
+void sharpness_perturb(const SharpnessLists& lists, Address sums, Address nonfinite, const std::vector<double>& rho,
+                       double eps, double shrink, bool adaptive, double eta, int threads) {
+  const SharpnessCall call(lists.table, sums, nonfinite, rho, eps, shrink, adaptive, eta);
   PYFACE_CALL(sharpness_perturb, call.args, threads);
 }
 
-void sharpness_restore(const std::vector<std::int64_t>& table, int threads) {
-  SharpnessCall call(table, 0, 0);
+void sharpness_restore(const SharpnessLists& lists, int threads) {
+  const SharpnessCall call(lists.table);
   PYFACE_CALL(sharpness_restore, call.args, threads);
 }
 
-void sharpness_combine(const std::vector<std::int64_t>& table, Address sums, Address nonfinite, int rule, double p0,
-                       double p1, bool per_tensor, int threads) {
-  SharpnessCall call(table, sums, nonfinite);
-  call.args.rule = static_cast<SharpnessRule>(rule), call.args.p0 = p0, call.args.p1 = p1;
-  call.args.per_tensor = per_tensor;
+void sharpness_combine(const SharpnessLists& lists, Address sums, Address nonfinite, int rule, double p0, double p1,
+                       bool per_tensor, int threads) {
+  const SharpnessCall call(lists.table, sums, nonfinite, rule, p0, p1, per_tensor);
   PYFACE_CALL(sharpness_combine, call.args, threads);
 }
 
-void sharpness_step(const std::vector<std::int64_t>& table, Address sums, Address nonfinite, int rule, double p0, double p1,
+void sharpness_step(const SharpnessLists& lists, Address sums, Address nonfinite, int rule, double p0, double p1,
                     bool per_tensor, double lr, double momentum, double dampening, double weight_decay, bool nesterov,
                     bool maximize, bool first, int threads) {
-  SharpnessCall call(table, sums, nonfinite);
-  Sharpness& a = call.args;
-  a.rule = static_cast<SharpnessRule>(rule), a.p0 = p0, a.p1 = p1, a.per_tensor = per_tensor;
-  a.lr = lr, a.momentum = momentum, a.dampening = dampening, a.weight_decay = weight_decay;
-  a.nesterov = nesterov, a.maximize = maximize, a.first = first;
-  PYFACE_CALL(sharpness_step, a, threads);
+  SharpnessCall call(lists.table, sums, nonfinite, rule, p0, p1, per_tensor);
+  call.update(lr, momentum, dampening, weight_decay, nesterov, maximize, first);
+  PYFACE_CALL(sharpness_step, call.args, threads);
 }
 
 // (address, batch stride, head stride, row stride)
@@ -366,6 +346,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("deform_conv", &deform_conv);
   m.def("deform_conv_backward", &deform_conv_backward);
   m.def("spectral", &spectral);
+  define_sharpness_lists(m, takes_sharpness_types);
   m.def("sharpness_sums", &sharpness_sums);
   m.def("sharpness_perturb", &sharpness_perturb);
   m.def("sharpness_restore", &sharpness_restore);

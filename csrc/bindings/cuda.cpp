@@ -9,9 +9,11 @@
 #include <string>
 #include <tuple>
 
+#include "bindings/sharpness.h"
 #include "cuda/attention.h"
 #include "cuda/coupling.h"
 #include "cuda/deform_conv.h"
+#include "cuda/sharpness.h"
 #include "cuda/spectral.h"
 
 #ifndef PYFACE_CUDA_ARCHS
@@ -300,6 +302,55 @@ void spectral(int task, int type, const AxisTuple& rows, const AxisTuple& column
   check(pyface::cuda::spectral(call, at(scratch), at<CUstream_st>(stream)), "spectral");
 }
 
+using pyface::SharpnessCall;
+using pyface::SharpnessLists;
+
+// Of a weight and its gradient.
+bool takes_sharpness_types(DType weight, DType gradient) {
+  const bool doubles = weight == DType::f64 || gradient == DType::f64;
+  return weight == gradient || (!doubles && (weight == DType::f32 || gradient == DType::f32));
+}
+
+std::int64_t sharpness_scratch(const SharpnessLists& lists) {
+  return pyface::cuda::sharpness_scratch(SharpnessCall(lists.table).args);
+}
+
+void sharpness_sums(const SharpnessLists& lists, Address sums, Address nonfinite, bool adaptive, double eta,
+                    Address scratch, int device, Address stream) {
+  const SharpnessCall call(lists.table, sums, nonfinite, {}, 0, 0, adaptive, eta);
+  const DeviceGuard guard(device);
+  check(pyface::cuda::sharpness_sums(call.args, at(scratch), at<CUstream_st>(stream)), "sharpness_sums");
+}
+
+void sharpness_perturb(const SharpnessLists& lists, Address sums, Address nonfinite, const std::vector<double>& rho,
+                       double eps, double shrink, bool adaptive, double eta, int device, Address stream) {
+  const SharpnessCall call(lists.table, sums, nonfinite, rho, eps, shrink, adaptive, eta);
+  const DeviceGuard guard(device);
+  check(pyface::cuda::sharpness_perturb(call.args, at<CUstream_st>(stream)), "sharpness_perturb");
+}
+
+void sharpness_restore(const SharpnessLists& lists, int device, Address stream) {
+  const SharpnessCall call(lists.table);
+  const DeviceGuard guard(device);
+  check(pyface::cuda::sharpness_restore(call.args, at<CUstream_st>(stream)), "sharpness_restore");
+}
+
+void sharpness_combine(const SharpnessLists& lists, Address sums, Address nonfinite, int rule, double p0, double p1,
+                       bool per_tensor, int device, Address stream) {
+  const SharpnessCall call(lists.table, sums, nonfinite, rule, p0, p1, per_tensor);
+  const DeviceGuard guard(device);
+  check(pyface::cuda::sharpness_combine(call.args, at<CUstream_st>(stream)), "sharpness_combine");
+}
+
+void sharpness_step(const SharpnessLists& lists, Address sums, Address nonfinite, int rule, double p0, double p1,
+                    bool per_tensor, double lr, double momentum, double dampening, double weight_decay, bool nesterov,
+                    bool maximize, bool first, int device, Address stream) {
+  SharpnessCall call(lists.table, sums, nonfinite, rule, p0, p1, per_tensor);
+  call.update(lr, momentum, dampening, weight_decay, nesterov, maximize, first);
+  const DeviceGuard guard(device);
+  check(pyface::cuda::sharpness_step(call.args, at<CUstream_st>(stream)), "sharpness_step");
+}
+
 PYBIND11_MODULE(_cuda, module) {
   using Released = py::call_guard<py::gil_scoped_release>;
   module.doc() = "CUDA cores of pyface. Addresses, sizes and strides in elements; nothing is checked here.";
@@ -336,4 +387,11 @@ PYBIND11_MODULE(_cuda, module) {
   module.def("attention_backward", &attention_backward, Released());
   module.def("attention_sum", &attention_sum, Released());
   module.def("spectral", &spectral, Released());
+  pyface::define_sharpness_lists(module, takes_sharpness_types);
+  module.def("sharpness_scratch", &sharpness_scratch, Released());
+  module.def("sharpness_sums", &sharpness_sums, Released());
+  module.def("sharpness_perturb", &sharpness_perturb, Released());
+  module.def("sharpness_restore", &sharpness_restore, Released());
+  module.def("sharpness_combine", &sharpness_combine, Released());
+  module.def("sharpness_step", &sharpness_step, Released());
 }

@@ -1,10 +1,14 @@
 """Op table of core `sharpness`: norms, ascent, rules and update of sharpness-aware training over lists of tensors.
 
-Every argument is checked here, once, before any pointer is taken.
+Every argument is checked here, once, before any pointer is taken. Lists of plain dense tensors that fit each
+other are recognised as such by the compiled module (`_ran`): over thousands of tensors the checks in Python take longer
+than the work. Whatever is not plain comes here.
 """
 
 from __future__ import annotations
 
+import contextlib
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -17,7 +21,7 @@ from pyface.ops._paths import Core, chosen_path
 from pyface.ops._register import LIBRARY
 from pyface.ops.reference import sharpness as reference
 
-_DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2}
+DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 
 # The rules and their parameters, in the order of pyface/sharpness.h.
 RULES: dict[str, tuple[str, ...]] = {
@@ -79,6 +83,12 @@ def _check(op: str, **lists: Sequence[Tensor]) -> None:
                 )
 
 
+def _check_types(op: str, weights: Sequence[Tensor], others: Sequence[Tensor]) -> None:
+    for w, other in zip(weights, others, strict=False):
+        if w.dtype != other.dtype:
+            raise TypeError(f"{op}: saved weights and momenta must have the weight's type {w.dtype}, got {other.dtype}")
+
+
 def _check_sums(op: str, count: int, sums: Tensor, nonfinite: Tensor) -> None:
     if sums.shape != (count + 1, 3) or sums.dtype != torch.float64 or not sums.is_contiguous():
         raise ValueError(
@@ -115,78 +125,111 @@ def _is_dense(t: Tensor) -> bool:
     return t.is_contiguous() or torch.ops.aten.is_non_overlapping_and_dense(t)
 
 
-class _Cpu:
-    """The compiled core. It reads flat memory, so an operand in another order than its tensor's first one is copied."""
+class Listed:
+    """What the compiled paths share: operands that lie in one order, results, and the calls of their passes.
 
-    def __init__(self):
-        self.module, reason = _paths.load_module("_cpu")
-        assert self.module is not None, reason  # the registry asked before loading
+    A path gives `run(name, lists, *arguments)`, with lists of the weights, saved weights, xs, ys and momenta, or None
+    for what the pass has no use for.
+    """
 
-    def table(self, weights=None, saved=None, xs=None, ys=None, momenta=None, written=()):
-        """(flat table of ints, tensors that must live until the call is over, (copy, original) to write back)."""
-        table, alive, back = [], [], []
-        lists = [weights, saved, xs, ys, momenta]
-        leading = next(tensors for tensors in lists if tensors)
-        gradients = ys or xs or leading
+    def launch(self, name: str, lists, written: tuple[int, ...], *arguments) -> None:
+        """Runs a pass over flat memory: an operand in another order than its tensor's first one is copied."""
+        lists, back = [list(tensors) if tensors else None for tensors in lists], []
+        leading = next(filter(None, lists))
         for p, like in enumerate(leading):
             dense = _is_dense(like)
             for i, tensors in enumerate(lists):
-                if not tensors:
-                    table.append(0)
+                t = None if tensors is None else tensors[p]
+                if t is None or (dense and t.stride() == like.stride()) or (t.is_contiguous() and like.is_contiguous()):
                     continue
-                t = tensors[p]
-                if not (dense and t.stride() == like.stride()) and not (t.is_contiguous() and like.is_contiguous()):
-                    copy = torch.empty_like(like, dtype=t.dtype, memory_format=torch.preserve_format).copy_(t)
-                    alive.append(copy)
-                    if i in written:
-                        back.append((copy, t))
-                    t = copy
-                table.append(t.data_ptr())
-            table += (like.numel(), _DTYPE_CODES[like.dtype], _DTYPE_CODES[gradients[p].dtype])
-        return table, alive, back
+                copy = torch.empty_like(like, dtype=t.dtype, memory_format=torch.preserve_format).copy_(t)
+                tensors[p] = copy
+                if i in written:
+                    back.append((copy, t))
+        self.run(name, lists, *arguments)
+        for copy, original in back:
+            original.copy_(copy)
 
     def sums(self, xs, ys, weights, eta):
-        values = torch.empty(len(ys) + 1, 3, dtype=torch.float64)
-        nonfinite = torch.empty(2)
-        table, _alive, _ = self.table(weights, None, xs, ys)
-        self.module.sharpness_sums(
-            table, values.data_ptr(), nonfinite.data_ptr(), weights is not None, eta, torch.get_num_threads()
-        )
+        values = torch.empty(len(ys) + 1, 3, dtype=torch.float64, device=ys[0].device)
+        nonfinite = torch.empty(2, device=ys[0].device)
+        self.launch("sums", (weights, None, xs, ys, None), (), values, nonfinite, weights is not None, eta)
         return values, nonfinite
 
     def perturb_(self, weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta):
-        table, _alive, back = self.table(weights, saved, None, ys, written=(0, 1))
-        self.module.sharpness_perturb(
-            table, sums.data_ptr(), nonfinite.data_ptr(), list(rho), eps, shrink, eta is not None, eta or 0.0,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        _write_back(back)
+        lists = weights, saved, None, ys, None
+        self.launch("perturb", lists, (0, 1), sums, nonfinite, list(rho), eps, shrink, eta is not None, eta or 0.0)
 
     def restore_(self, weights, saved):
-        table, _alive, back = self.table(weights, saved, written=(0,))
-        self.module.sharpness_restore(table, torch.get_num_threads())
-        _write_back(back)
+        self.launch("restore", (weights, saved, None, None, None), (0,))
 
     def combine_(self, xs, ys, sums, nonfinite, rule, p0, p1, per_tensor):
-        table, _alive, back = self.table(None, None, xs, ys, written=(2,))
-        self.module.sharpness_combine(
-            table, sums.data_ptr(), nonfinite.data_ptr(), _RULE_CODES[rule], p0, p1, per_tensor,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        _write_back(back)
+        rule = _RULE_CODES[rule], p0, p1, per_tensor
+        self.launch("combine", (None, None, xs, ys, None), (2,), sums, nonfinite, *rule)
 
     def step_(self, weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *sgd):
-        table, _alive, back = self.table(weights, saved, xs, ys, momenta, written=(0, 4))
-        self.module.sharpness_step(
-            table, sums.data_ptr(), nonfinite.data_ptr(), _RULE_CODES[rule], p0, p1, per_tensor, *sgd,
-            torch.get_num_threads(),
-        )  # fmt: skip
-        _write_back(back)
+        rule = _RULE_CODES[rule], p0, p1, per_tensor
+        self.launch("step", (weights, saved, xs, ys, momenta), (0, 4), sums, nonfinite, *rule, *sgd)
 
 
-def _write_back(copies: list[tuple[Tensor, Tensor]]) -> None:
-    for copy, original in copies:
-        original.copy_(copy)
+def table(lists, address=Tensor.data_ptr, null=0) -> list:
+    """The flat table of the compiled modules: five addresses, size and two types of each tensor."""
+    weights, _, xs, ys, _ = lists
+    gradients = ys or xs or weights
+    rows = []
+    for p, like in enumerate(weights or gradients):
+        rows += [null if tensors is None else address(tensors[p]) for tensors in lists]
+        rows += (like.numel(), DTYPE_CODES[like.dtype], DTYPE_CODES[gradients[p].dtype])
+    return rows
+
+
+class Compiled(Listed):
+    """The passes of a compiled module, `pyface._cpu` or `pyface._cuda`."""
+
+    names = ("sums", "perturb", "restore", "combine", "step")
+
+    def __init__(self, module, device_type: int):
+        self.module = module
+        self.passes = {name: getattr(self.module, f"sharpness_{name}") for name in self.names}
+        self.reader = None
+        with contextlib.suppress(AttributeError, ValueError):  # an older torch, or a newer DLPack: checks in Python
+            capsule = torch.Tensor.__dlpack_c_exchange_api__
+            self.reader = module.TensorReader(capsule, torch.Tensor, torch.nn.Parameter, device_type)
+
+    def read(self, lists, sums: Tensor | None, nonfinite: Tensor | None):
+        """The lists as the passes take them, or None if they or the sums are not as plain as can be."""
+        return None if self.reader is None else self.module.read_sharpness_lists(self.reader, lists, sums, nonfinite)
+
+    def run(self, name, lists, *arguments):
+        self.call(name, self.module.SharpnessLists(table(lists)), next(filter(None, lists))[0], *arguments)
+
+    def call(self, name: str, read, some: Tensor, *arguments) -> None:
+        """Runs a pass over lists that were read, of which `some` tensor is one."""
+        arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
+        self.passes[name](read, *arguments, *self.where(some))
+
+
+class _Cpu(Compiled):
+    def __init__(self):
+        module, reason = _paths.load_module("_cpu")
+        assert module is not None, reason  # the registry asked before loading
+        super().__init__(module, 1)
+
+    def where(self, some: Tensor) -> tuple[int, ...]:
+        return (torch.get_num_threads(),)
+
+
+def _triton() -> Listed:
+    from pyface.kernels import sharpness
+    from pyface.ops._sharpness_gpu import Triton
+
+    return Triton(sharpness)
+
+
+def _cuda() -> Listed:
+    from pyface.ops._sharpness_gpu import Cuda
+
+    return Cuda(_paths.load_module("_cuda")[0])
 
 
 class _Reference:
@@ -211,23 +254,27 @@ class _Reference:
         reference.step_(weights, saved, gradients, momenta, nonfinite.amax() > 0, *sgd)
 
 
+_CPU_TYPES = {  # of weight and gradient
+    (torch.float32, torch.float32),
+    (torch.float32, torch.bfloat16),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float64, torch.float64),
+}
+_GPU_TYPES = _CPU_TYPES | {
+    (torch.float32, torch.float16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+}
 CORE = Core(
     "sharpness",
-    # (weight, gradient)
-    dtypes={
-        "cpu": {
-            (torch.float32, torch.float32),
-            (torch.float32, torch.bfloat16),
-            (torch.bfloat16, torch.bfloat16),
-            (torch.float64, torch.float64),
-        }
-    },
-    load={"cpu": _Cpu, "reference": _Reference},
-    order=("cpu", "reference"),
+    dtypes={"cpu": _CPU_TYPES, "cuda": _GPU_TYPES, "triton": _GPU_TYPES},
+    load={"cpu": _Cpu, "cuda": _cuda, "triton": _triton, "reference": _Reference},
+    order=("cpu", "cuda", "triton", "reference"),
 )
 
 
-def _pick(path: str | None, weights: Sequence[Tensor], *gradients: Sequence[Tensor]) -> _Cpu | _Reference:
+def _pick(path: str | None, weights: Sequence[Tensor], *gradients: Sequence[Tensor]) -> Listed | _Reference:
     """One implementation for the whole list: the reference if any tensor of it needs that."""
     device = weights[0].device.type
     kinds = {(w.dtype, g.dtype) for tensors in gradients for w, g in zip(weights, tensors, strict=True)}
@@ -241,11 +288,44 @@ def _pick(path: str | None, weights: Sequence[Tensor], *gradients: Sequence[Tens
     return found[0]
 
 
+@functools.cache
+def _compiled(device: str) -> Compiled | None:
+    """What serves plain lists of a type of device."""
+    if device not in ("cpu", "cuda") or _paths.machine_reasons(device):
+        return None
+    return CORE.pick(device, (torch.float32, torch.float32), device)
+
+
+def _ran(path: str | None, name: str, lists, some: Tensor, *arguments) -> bool:
+    """Runs a pass of a compiled core if the lists and sums are as plain as can be, and says whether it did.
+
+    arguments: sums and flags, if the pass takes any, then the rest.
+    """
+    device = some.device.type
+    core = _compiled(device) if path in (None, device) else None
+    if core is None:
+        return False
+    read = core.read(lists, *(arguments[:2] or (None, None)))
+    if read is None:
+        return False
+    core.call(name, read, some, *arguments)
+    return True
+
+
 # ---- the ops --------------------------------------------------------------------------------------------------------
 
 
 def _empty_sums(count: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
     return torch.zeros(count + 1, 3, dtype=torch.float64, device=device), torch.zeros(2, device=device)
+
+
+def _quick_sums(xs, ys, weights, eta, path):
+    if not ys:
+        return None
+    device = ys[0].device
+    sums = torch.empty(len(ys) + 1, 3, dtype=torch.float64, device=device), torch.empty(2, device=device)
+    lists = weights, None, xs, ys, None
+    return sums if _ran(path, "sums", lists, ys[0], *sums, weights is not None, eta) else None
 
 
 def _norm(ys, weights, eta, path):
@@ -254,6 +334,10 @@ def _norm(ys, weights, eta, path):
     if not ys:
         return _empty_sums(0, None)
     return _pick(path, ys if weights is None else weights, ys).sums(None, ys, weights, eta)
+
+
+def _quick_norm(ys, weights, eta, path):
+    return _quick_sums(None, ys, weights or None, eta, path)
 
 
 def _norm_fake(ys, weights, eta, path):
@@ -265,23 +349,46 @@ def _dots(xs, ys, path):
     return _pick(path, xs, xs, ys).sums(xs, ys, None, 0.0) if ys else _empty_sums(0, None)
 
 
+def _quick_dots(xs, ys, path):
+    return _quick_sums(xs, ys, None, 0.0, path)
+
+
 def _dots_fake(xs, ys, path):
     return _norm_fake(ys, None, 0.0, path)
 
 
 def _perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
     _check("perturb_", weights=weights, saved=saved, ys=ys)
+    _check_types("perturb_", weights, saved)
     _check_sums("perturb_", len(ys), sums, nonfinite)
     if weights:
         _pick(path, weights, ys).perturb_(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta)
         torch.autograd.graph.increment_version((*weights, *saved))
 
 
+def _quick_perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
+    lists = weights, saved, None, ys, None
+    if not ys or not _ran(
+        path, "perturb", lists, ys[0], sums, nonfinite, rho, eps, shrink, eta is not None, eta or 0.0
+    ):
+        return None
+    torch.autograd.graph.increment_version((*weights, *saved))
+    return ()
+
+
 def _restore(weights, saved, path):
     _check("restore_", weights=weights, saved=saved)
+    _check_types("restore_", weights, saved)
     if weights:
         _pick(path, weights, saved).restore_(weights, saved)
         torch.autograd.graph.increment_version(weights)
+
+
+def _quick_restore(weights, saved, path):
+    if not weights or not _ran(path, "restore", (weights, saved, None, None, None), weights[0]):
+        return None
+    torch.autograd.graph.increment_version(weights)
+    return ()
 
 
 def _combine(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor, path):
@@ -292,9 +399,19 @@ def _combine(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor, path):
         torch.autograd.graph.increment_version(xs)
 
 
+def _quick_combine(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor, path):
+    lists = None, None, xs, ys, None
+    if not xs or not _ran(path, "combine", lists, xs[0], sums, nonfinite, _RULE_CODES[rule], p0, p1, per_tensor):
+        return None
+    torch.autograd.graph.increment_version(xs)
+    return ()
+
+
 def _step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *rest):
     *sgd, path = rest
     _check("multi_step_", weights=weights, saved=saved, xs=xs, ys=ys, **({"momenta": momenta} if momenta else {}))
+    for others in (saved, momenta):
+        _check_types("multi_step_", weights, others)
     _check_sums("multi_step_", len(ys), sums, nonfinite)
     if weights:
         run = _pick(path, weights, xs, ys)
@@ -302,7 +419,18 @@ def _step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_te
         torch.autograd.graph.increment_version((*weights, *momenta))
 
 
-def _define(name: str, schema: str, implementation: Callable, fake: Callable | None = None) -> Callable:
+def _quick_step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *rest):
+    *sgd, path = rest
+    lists = weights, saved, xs, ys, momenta or None
+    if not xs or not _ran(path, "step", lists, xs[0], sums, nonfinite, _RULE_CODES[rule], p0, p1, per_tensor, *sgd):
+        return None
+    torch.autograd.graph.increment_version((*weights, *momenta))
+    return ()
+
+
+def _define(
+    name: str, schema: str, implementation: Callable, quick: Callable, fake: Callable | None = None
+) -> Callable:
     """Registers `pyface::<name>`, whose schema says what it writes, and returns its eager door."""
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
@@ -312,6 +440,9 @@ def _define(name: str, schema: str, implementation: Callable, fake: Callable | N
     def call(*args):
         if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
             return dispatched(*args)
+        done = quick(*args)
+        if done is not None:
+            return done
         with torch.no_grad():
             return implementation(*args)
 
@@ -320,23 +451,33 @@ def _define(name: str, schema: str, implementation: Callable, fake: Callable | N
 
 _RULE = "Tensor sums, Tensor nonfinite, str rule, float p0, float p1, bool per_tensor"
 _norm_op = _define(
-    "multi_norm", "(Tensor[] ys, Tensor[] weights, float eta, str? path) -> (Tensor, Tensor)", _norm, _norm_fake
+    "multi_norm",
+    "(Tensor[] ys, Tensor[] weights, float eta, str? path) -> (Tensor, Tensor)",
+    _norm,
+    _quick_norm,
+    _norm_fake,
 )
-_dots_op = _define("multi_dots", "(Tensor[] xs, Tensor[] ys, str? path) -> (Tensor, Tensor)", _dots, _dots_fake)
+_dots_op = _define(
+    "multi_dots", "(Tensor[] xs, Tensor[] ys, str? path) -> (Tensor, Tensor)", _dots, _quick_dots, _dots_fake
+)
 _perturb_op = _define(
     "perturb_",
     "(Tensor(a!)[] weights, Tensor(b!)[] saved, Tensor[] ys, Tensor sums, Tensor nonfinite, float[] rho, float eps, "
     "float shrink, "
     "float? eta, str? path) -> ()",
     _perturb,
+    _quick_perturb,
 )
-_restore_op = _define("restore_", "(Tensor(a!)[] weights, Tensor[] saved, str? path) -> ()", _restore)
-_combine_op = _define("multi_combine_", f"(Tensor(a!)[] xs, Tensor[] ys, {_RULE}, str? path) -> ()", _combine)
+_restore_op = _define("restore_", "(Tensor(a!)[] weights, Tensor[] saved, str? path) -> ()", _restore, _quick_restore)
+_combine_op = _define(
+    "multi_combine_", f"(Tensor(a!)[] xs, Tensor[] ys, {_RULE}, str? path) -> ()", _combine, _quick_combine
+)
 _step_op = _define(
     "multi_step_",
     f"(Tensor(a!)[] weights, Tensor[] saved, Tensor[] xs, Tensor[] ys, Tensor(b!)[] momenta, {_RULE}, float lr, "
     "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first, str? path) -> ()",
     _step,
+    _quick_step,
 )
 
 
@@ -388,12 +529,11 @@ def perturb_(
         shrink: taken off the factor of y (SAGM).
         eta: not None: the ascent of ASAM, y times (|w| + eta)²; `sums` must then be taken with the weights.
     """
-    rhos = [float(rho)] * len(weights) if isinstance(rho, int | float) else [float(r) for r in rho]
+    rhos = [float(rho)] * len(weights) if isinstance(rho, int | float) else list(map(float, rho))
     if len(rhos) != len(weights):
         raise ValueError(f"perturb_: rho must be one number or one per tensor ({len(weights)}), got {len(rhos)}")
-    if not all(0 <= r < float("inf") for r in rhos):
+    if not all(0 <= r < float("inf") for r in set(rhos)):
         raise ValueError(f"perturb_: rho must be finite and not negative, got {rho}")
-    _same_types("perturb_", weights, saved)
     _perturb_op(
         list(weights),
         list(saved),
@@ -410,7 +550,6 @@ def perturb_(
 
 def restore_(weights: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
     """Gives the weights the bits of `saved`, in the memory they have."""
-    _same_types("restore_", weights, saved)
     _restore_op(list(weights), list(saved), chosen_path())
 
 
@@ -487,18 +626,9 @@ def multi_step_(
             f"multi_step_: momentum {momentum} needs {'a buffer per weight' if momentum else 'no buffers'}, "
             f"got {len(momenta or ())}"
         )
-    _same_types("multi_step_", weights, saved)
-    if momenta:
-        _same_types("multi_step_", weights, momenta)
     per_tensor = _granularity("multi_step_", rule, granularity)
     _step_op(
         list(weights), list(saved), list(xs), list(ys), list(momenta or ()), sums.values, sums.nonfinite, rule, p0, p1,
         per_tensor, float(lr), float(momentum), float(dampening), float(weight_decay), nesterov, maximize, first,
         chosen_path(),
     )  # fmt: skip
-
-
-def _same_types(op: str, weights: Sequence[Tensor], others: Sequence[Tensor]) -> None:
-    for w, other in zip(weights, others, strict=False):
-        if w.dtype != other.dtype:
-            raise TypeError(f"{op}: saved weights and momenta must have the weight's type {w.dtype}, got {other.dtype}")

@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import SGD, Optimizer
+from torch.optim import optimizer as torch_optimizer
 
 from pyface.errors import UserError
-from pyface.ops import multi_combine_, multi_dots, multi_norm, perturb_, restore_
+from pyface.ops import multi_combine_, multi_dots, multi_norm, multi_step_, perturb_, restore_
+from pyface.ops.sharpness import Sums
 
 
 class SAM(Optimizer):
@@ -24,14 +26,20 @@ class SAM(Optimizer):
         loss.backward()
         optimizer.step(closure)  # closure: loss at the moved weights, with its backward
 
-    A step with a gradient that is not finite, in either pass, is skipped and counted in ``skipped``; the weights
+    A step with a gradient that is not finite, in either pass, is skipped and counted in :attr:`skipped`; the weights
     keep their bits. A parameter without a gradient in the first pass does not move in it; one without one in the second
     gets its weight back and is not updated. Where all first gradients are 0 nothing moves.
+
+    Under plain torch.optim.SGD the restoring, the rule and SGD's step are one pass over memory
+    (:func:`pyface.ops.multi_step_`), equal to the separate passes to rounding, and nothing waits for the device.
+    Separate passes are for other base optimisers, rho 0, a GradScaler, hooks on the base's step, a tensor lr and
+    ``differentiable``.
 
     Args:
         params: parameters or groups; a group may have its own rho. The norm is taken over all groups together.
         base_optimizer: class of the base optimiser (torch.optim.SGD). It shares param_groups and state with this one.
-        rho: length of the step uphill, >= 0.
+        rho: length of the step uphill, >= 0. With 0 the weights stay, both gradients are the same, and the base
+            optimiser's own trajectory results, at twice its price.
         base_arguments: of the base optimiser (lr=0.1).
 
     Raises:
@@ -51,7 +59,7 @@ class SAM(Optimizer):
         **base_arguments: Any,
     ):
         self.rule_parameters = {}
-        self.skipped = 0
+        self._skips: Tensor | None = None
         self._saved: dict[Tensor, Tensor] = {}  # memory of the weights' copies, kept from step to step
         self._moved: list[Tensor] | None = None  # parameters between the two passes
         self._first: dict[Tensor, Tensor] = {}
@@ -94,32 +102,23 @@ class SAM(Optimizer):
         if self._moved is not None:
             raise UserError(f"{type(self).__name__}: first_step was called twice without a second_step between")
         self._scale = 1.0 if scaler is None else scaler.get_scale()
-        params, rhos = [], []
+        found, rhos = {}, []
         for group in self.param_groups:
-            for p in dict.fromkeys(group["params"]):
-                if p.grad is not None:
-                    params.append(p)
-                    rhos.append(group["rho"])
+            mine = {p: g for p in group["params"] if (g := p.grad) is not None}
+            found |= mine
+            rhos += [group["rho"]] * len(mine)
+        params = list(found)
         if not params:
             raise UserError(
                 f"{type(self).__name__}: no parameter has a gradient; call loss.backward() before the step, "
                 "the closure only computes the second gradients"
             )
-        gradients = [p.grad for p in params]
         # A view (DDP's bucket) is written again by the second backward pass.
-        self._first = {
-            p: g.clone() if g.layout == torch.strided and g._is_view() else g
-            for p, g in zip(params, gradients, strict=True)
-        }
-        weights, directions, eta = [p.detach() for p in params], self._ascent(params), self._eta()
-        for p in params:
-            kept = self._saved.get(p)
-            if kept is None or kept.dtype != p.dtype or kept.device != p.device or kept.shape != p.shape:
-                self._saved[p] = torch.empty_like(p, memory_format=torch.preserve_format)
-        sums = multi_norm(directions) if eta is None else multi_norm(directions, weights=weights, eta=eta)
-        perturb_(
-            weights, directions, [self._saved[p] for p in params], sums, rhos, eta=eta, shrink=self.shrink / self._scale
-        )
+        self._first = {p: g.clone() if g.layout == torch.strided and g._is_view() else g for p, g in found.items()}
+        directions, eta = self._ascent(params), self._eta()
+        sums = multi_norm(directions) if eta is None else multi_norm(directions, weights=params, eta=eta)
+        saved = [self._copy_of(p) for p in params]
+        perturb_(params, directions, saved, sums, rhos, eta=eta, shrink=self.shrink / self._scale)
         self._nonfinite = sums.nonfinite
         self._moved = params
         if self.rule == "second":
@@ -127,11 +126,18 @@ class SAM(Optimizer):
         for p in params:
             p.grad = None
 
+    def _copy_of(self, p: Tensor) -> Tensor:
+        """Where the weight is kept between the passes: the same memory in every step."""
+        kept = self._saved.get(p)
+        if kept is None or kept.dtype != p.dtype or kept.shape != p.shape or kept.device != p.device:
+            kept = self._saved[p] = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
+        return kept
+
     @torch.no_grad()
     def restore(self) -> None:
         """Give the weights the bits they had before ``first_step``, and forget the first gradients."""
         if self._moved is not None:
-            restore_([p.detach() for p in self._moved], [self._saved[p] for p in self._moved])
+            restore_(self._moved, [self._saved[p] for p in self._moved])
         self._moved, self._first = None, {}
 
     @torch.no_grad()
@@ -145,30 +151,100 @@ class SAM(Optimizer):
         """
         if self._moved is None:
             raise UserError(f"{type(self).__name__}: second_step needs a first_step before it")
-        first = self._first
-        self.restore()
-        params = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
-        seconds = [p.grad for p in params]
-        both = [p for p in params if p in first]
-        flags = [self._nonfinite, multi_norm(seconds).nonfinite] if seconds else [self._nonfinite]
-        if both and self.rule != "second":
-            xs, ys = [p.grad for p in both], [first[p] for p in both]
-            multi_combine_(xs, ys, multi_dots(xs, ys), self.rule, **self.rule_parameters)
-        bad = torch.stack(flags).amax()
-        if scaler is not None:
-            # The scaler looks at the gradients for itself: an overflow of the first pass must be seen there too.
-            for g in seconds:
-                if g.numel():
-                    corner = g[(0,) * g.dim()]
-                    corner.copy_(torch.where(bad > 0, torch.full_like(corner, float("inf")), corner))
-                    break
-            scaler.step(self.base_optimizer)
-        elif bad.item():
-            self.skipped += 1
+        first, moved = self._first, self._moved
+        mine = [{p: g for p in group["params"] if (g := p.grad) is not None} for group in self.param_groups]
+        seconds = {p: g for gradients in mine for p, g in gradients.items()}
+        both = [p for p in seconds if p in first]
+        alone = [p for p in seconds if p not in first]  # to take as they are; all of them under SAM's own rule
+        xs, ys = [seconds[p] for p in both], [first[p] for p in both]
+        dots = multi_dots(xs, ys) if both else None
+        norms = multi_norm([seconds[p] for p in alone]) if alone else None
+        flags = torch.stack([self._nonfinite, *(s.nonfinite for s in (dots, norms) if s is not None)]).amax(0)
+        bad = flags.amax()
+        self._skips = bad.double() if self._skips is None else self._skips + bad
+        # What schedulers look at, to warn if they step before the optimiser.
+        self._opt_called = self.base_optimizer._opt_called = True
+        if scaler is None and self._is_fused(seconds):
+            self._fused_step(mine, both, alone, dots, norms, flags)
+            self._moved = [p for p in moved if p not in seconds]
+            self.restore()
         else:
-            self.base_optimizer.step()
+            self.restore()
+            if both:
+                multi_combine_(xs, ys, dots, self.rule, **self.rule_parameters)
+            if scaler is not None:
+                # The scaler looks at the gradients for itself: an overflow of the first pass must be seen there too.
+                for g in seconds.values():
+                    if g.numel():
+                        corner = g[(0,) * g.dim()]
+                        corner.copy_(torch.where(bad > 0, torch.full_like(corner, float("inf")), corner))
+                        break
+                scaler.step(self.base_optimizer)
+            elif not bad.item():
+                self.base_optimizer.step()
         if zero_grad:
             self.zero_grad()
+
+    @property
+    def skipped(self) -> int:
+        """How many steps were skipped for a gradient that is not finite. Reading it waits for the device."""
+        return 0 if self._skips is None else int(self._skips.item())
+
+    def _is_fused(self, seconds: dict[Tensor, Tensor]) -> bool:
+        """Whether :func:`multi_step_` does all that the base optimiser's step would."""
+        base = self.base_optimizer
+        if type(base) is not SGD or not hasattr(vars(base).get("step", _wrapped), "_wrapped_by_lr_sched"):
+            return False
+        hooks = (
+            base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks,
+            torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks,
+        )  # fmt: skip
+        if any(hooks):
+            return False
+        for group in self.param_groups:
+            # With rho 0 the base optimiser's very bits are wanted, which a pass of other roundings does not give.
+            if group["differentiable"] or isinstance(group["lr"], Tensor) or not group["rho"]:
+                return False
+            if group["momentum"]:
+                for p in group["params"]:
+                    buffer = self.state[p].get("momentum_buffer") if p in seconds else p
+                    # A first buffer is the gradient, whatever the dampening; from 0 that comes out without.
+                    if group["dampening"] if buffer is None else buffer.dtype != p.dtype:
+                        return False
+        return True
+
+    def _fused_step(self, mine, both, alone, dots, norms, flags) -> None:
+        """Group by group; the sums stand in the order of the groups."""
+        moved, in_both, rows = set(self._moved), set(both), [0, 0]
+        for group, gradients in zip(self.param_groups, mine, strict=True):
+            sgd = {k: group[k] for k in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
+            for which, (everything, sums) in enumerate(((both, dots), (alone, norms))):
+                params = [p for p in gradients if (p in in_both) is (which == 0)]
+                if not params:
+                    continue
+                values, end = sums.values, rows[which] + len(params)
+                if len(params) != len(everything):
+                    values = torch.cat([values[rows[which] : end], values[-1:]])
+                rows[which] = end
+                xs = [gradients[p] for p in params]
+                rule, parameters, ys = ("second", {}, xs) if which else (self.rule, self.rule_parameters, None)
+                multi_step_(
+                    params,
+                    [self._saved[p] if p in moved else p for p in params],
+                    xs,
+                    ys or [self._first[p] for p in params],
+                    [self._momentum_of(p) for p in params] if group["momentum"] else None,
+                    Sums(values, flags),
+                    rule,
+                    **parameters,
+                    **sgd,
+                )
+
+    def _momentum_of(self, p: Tensor) -> Tensor:
+        state = self.state[p]
+        if state.get("momentum_buffer") is None:
+            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
+        return state["momentum_buffer"]
 
     def step(self, closure: Callable[[], Any] | None = None, *, scaler: torch.amp.GradScaler | None = None) -> Any:
         """Both passes; returns what the closure returns, the loss at the moved weights.
@@ -208,7 +284,7 @@ class SAM(Optimizer):
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("base_optimizer", "rule_parameters", "skipped", "shrink", "eta", "sigma", "decay", "_means")
+        own = ("base_optimizer", "rule_parameters", "_skips", "shrink", "eta", "sigma", "decay", "_means")
         transient = {"_saved": {}, "_moved": None, "_first": {}, "_nonfinite": None, "_scale": 1.0}
         return super().__getstate__() | {k: self.__dict__[k] for k in own if k in self.__dict__} | transient
 
@@ -253,14 +329,14 @@ class SAGM(SAM):
 
 
 class FriendlySAM(SAM):
-    """Friendly SAM (arXiv:2403.12350): the step uphill follows y - sigma m, with m a running mean of y.
+    """Friendly SAM (arXiv:2403.12350): the step uphill follows y - sigma m, with m a running mean of earlier y.
 
-    m = decay m + (1 - decay) y, from m = 0; y - sigma m is what the batch adds to the full gradient. A gradient that
-    is not finite leaves m as it is.
+    m = decay m + (1 - decay) y after the ascent, and m = y after the first: y - sigma m is what the batch adds to the
+    full gradient. A gradient that is not finite leaves m as it is.
     """
 
     def __init__(
-        self, params, base_optimizer, rho: float = 0.05, sigma: float = 1.0, decay: float = 0.6, **base_arguments
+        self, params, base_optimizer, rho: float = 0.05, sigma: float = 1.0, decay: float = 0.9, **base_arguments
     ):
         if not 0 <= decay < 1:
             raise UserError(f"FriendlySAM: decay must be at least 0 and below 1, got {decay}")
@@ -271,11 +347,17 @@ class FriendlySAM(SAM):
     def _ascent(self, params):
         ys = super()._ascent(params)
         finite = multi_norm(ys).nonfinite[1] == 0
+        begins = len(self._means) < len(self._first) and bool(finite)
         directions = []
         for p, y in zip(params, ys, strict=True):
-            mean = self._means.setdefault(p, torch.zeros_like(p))
-            mean.copy_(torch.where(finite, mean.lerp(y.to(mean.dtype) / self._scale, 1 - self.decay), mean))
-            directions.append(y - (self.sigma * self._scale * mean).to(y.dtype))
+            mean = self._means.get(p)
+            if mean is not None:
+                directions.append(y - (self.sigma * self._scale * mean).to(y.dtype))
+                mean.copy_(torch.where(finite, mean.lerp(y.to(mean.dtype) / self._scale, 1 - self.decay), mean))
+                continue
+            directions.append(y)
+            if begins:
+                self._means[p] = y.to(p.dtype) / self._scale
         return directions
 
     def state_dict(self):
@@ -296,17 +378,39 @@ class GradientConstrainedSAM(SAM):
     """Gradient-constrained SAM of GCSCoOp (arXiv:2309.07866), tensor by tensor by the cosine c of x and y.
 
     x where c >= upper; y where c <= lower; between them the projection of x on x + y.
+
+    Args:
+        lower: None: x is projected however much the two gradients disagree.
+        granularity: "tensor", as in the authors' code; "global": one cosine over all parameters, which does not depend
+            on how they are cut into tensors.
     """
 
     rule = "constrained"
 
     def __init__(
-        self, params, base_optimizer, rho: float = 0.1, lower: float = 0.5, upper: float = 0.8, **base_arguments
+        self,
+        params,
+        base_optimizer,
+        rho: float = 0.1,
+        lower: float | None = 0.5,
+        upper: float = 0.8,
+        granularity: str = "tensor",
+        **base_arguments,
     ):
+        lower = -2.0 if lower is None else lower  # below every cosine
         if not lower <= upper:
             raise UserError(f"GradientConstrainedSAM: lower must not be above upper, got {lower} and {upper}")
+        if granularity not in ("tensor", "global"):
+            raise UserError(f"GradientConstrainedSAM: granularity must be 'tensor' or 'global', got {granularity!r}")
         super().__init__(params, base_optimizer, rho, **base_arguments)
-        self.rule_parameters = {"lower": lower, "upper": upper}
+        self.rule_parameters = {"lower": lower, "upper": upper, "granularity": granularity}
+
+
+def _wrapped() -> None:
+    """Stands for a step that nobody replaced."""
+
+
+_wrapped._wrapped_by_lr_sched = True
 
 
 @contextlib.contextmanager

@@ -21,6 +21,7 @@ FLAGS = [
     "-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-fno-strict-aliasing",
     "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fsanitize-sections=emulated_shared",
     "-DPYFACE_MAX_BLOCKS=4",  # few, so that small tensors already walk in grid strides
+    "-DPYFACE_SMALL_LAUNCHES",
     f"-I{HERE / 'include'}", f"-I{CSRC}", f"-I{CSRC / 'include'}",
 ]  # fmt: skip
 

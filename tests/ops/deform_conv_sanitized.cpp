@@ -1,62 +1,16 @@
 // csrc/cpu/deform_conv.cpp on its own, for the sanitizers: random sizes, every buffer exactly as large as it must be,
 // scratch and results full of NaN before, offsets of which some are no numbers, results and gradients against plain loops in
 // double. Prints "ok" or the first failed case.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
 #include <limits>
-#include <memory>
-#include <random>
-#include <vector>
 
 #include "cpu/deform_conv.h"
+
+#include "sanitized.h"
 
 using namespace pyface;
 namespace core = pyface::cpu::PYFACE_ISA;
 
 namespace {
-
-std::mt19937 generator(1);
-long pick(long low, long high) { return std::uniform_int_distribution<long>(low, high)(generator); }
-double normal() { return std::normal_distribution<double>()(generator); }
-
-// Numbers of one type in memory of exactly their size.
-struct Array {
-  DType type;
-  long size;
-  std::unique_ptr<unsigned char[]> data;
-  Array(DType type, long size) : type(type), size(size), data(new unsigned char[size * width()]) {
-    std::memset(data.get(), 0xff, size * width());  // NaN
-  }
-  long width() const { return type == DType::f32 ? 4 : type == DType::f64 ? 8 : 2; }
-  double get(long i) const {
-    if (type == DType::f64) {
-      double v;
-      std::memcpy(&v, data.get() + i * 8, 8);
-      return v;
-    }
-    std::uint32_t bits = 0;
-    std::memcpy(reinterpret_cast<char*>(&bits) + 4 - width(), data.get() + i * width(), width());
-    float v;
-    std::memcpy(&v, &bits, 4);
-    return v;
-  }
-  void set(long i, double wide) {
-    if (type == DType::f64) {
-      std::memcpy(data.get() + i * 8, &wide, 8);
-      return;
-    }
-    const float v = (float)wide;
-    std::uint32_t bits;
-    std::memcpy(&bits, &v, 4);
-    if (type == DType::bf16 && v == v) bits = bits + 0x7fff + (bits >> 16 & 1);
-    std::memcpy(data.get() + i * width(), reinterpret_cast<char*>(&bits) + 4 - width(), width());
-  }
-  void fill() {
-    for (long i = 0; i < size; ++i) set(i, normal());
-  }
-};
 
 // One value of the input, 0 outside.
 struct Image {

@@ -1,23 +1,13 @@
 // csrc/cpu/dense_block.cpp on its own, for the sanitizers: random sizes, every buffer exactly as large as it must be,
 // scratch and results full of NaN before, results against plain loops in double. Prints "ok" or the first failed case.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <random>
-#include <vector>
-
 #include "cpu/dense_block.h"
+
+#include "sanitized.h"
 
 using namespace pyface;
 namespace core = pyface::cpu::PYFACE_ISA;
 
 namespace {
-
-std::mt19937 generator(1);
-long pick(long low, long high) { return std::uniform_int_distribution<long>(low, high)(generator); }
-float normal() { return std::normal_distribution<float>()(generator); }
 
 float to_bf16(float v) {
   std::uint32_t bits;
@@ -26,28 +16,6 @@ float to_bf16(float v) {
   std::memcpy(&v, &bits, 4);
   return v;
 }
-
-// Numbers of one type in memory of exactly their size.
-struct Array {
-  DType type;
-  long size;
-  std::unique_ptr<unsigned char[]> data;
-  Array(DType type, long size) : type(type), size(size), data(new unsigned char[size * width()]) {
-    std::memset(data.get(), 0xff, size * width());  // NaN
-  }
-  long width() const { return type == DType::f32 ? 4 : 2; }
-  float get(long i) const {
-    std::uint32_t bits = 0;
-    std::memcpy(reinterpret_cast<char*>(&bits) + 4 - width(), data.get() + i * width(), width());
-    float v;
-    std::memcpy(&v, &bits, 4);
-    return v;
-  }
-  void set(long i, float v) {
-    if (type == DType::bf16) v = to_bf16(v);
-    std::memcpy(data.get() + i * width(), reinterpret_cast<char*>(&v) + 4 - width(), width());
-  }
-};
 
 DType pick_type() { return pick(0, 1) ? DType::f32 : DType::bf16; }
 

@@ -1,70 +1,19 @@
 // csrc/cpu/spectral.cpp on its own, for the sanitizers: random sizes, layouts and numbers of threads, every buffer exactly as
 // large as it must be, scratch and results full of NaN before, results against plain sums in double. Prints "ok" or the first
 // failed case.
-#include <cmath>
-#include <cstdio>
-#include <cstdlib>
-#include <cstring>
-#include <memory>
-#include <random>
-#include <vector>
-
 #include "cpu/spectral.h"
+
+#include "sanitized.h"
 
 using namespace pyface;
 namespace core = pyface::cpu::PYFACE_ISA;
 
 namespace {
 
-std::mt19937 generator(1);
-long pick(long low, long high) { return std::uniform_int_distribution<long>(low, high)(generator); }
-double normal() { return std::normal_distribution<double>()(generator); }
-
-// Numbers of one type in memory of exactly their size.
-struct Array {
-  DType type;
-  long size;
-  std::unique_ptr<unsigned char[]> data;
-  Array(DType type, long size) : type(type), size(size), data(new unsigned char[size * width()]) {
-    std::memset(data.get(), 0xff, size * width());  // NaN
-  }
-  long width() const { return type == DType::f32 ? 4 : type == DType::f64 ? 8 : 2; }
-  double get(long i) const {
-    unsigned char* p = data.get() + i * width();
-    if (type == DType::f64) {
-      double v;
-      return std::memcpy(&v, p, 8), v;
-    }
-    std::uint32_t bits = 0;
-    if (type == DType::f16) {
-      std::memcpy(&bits, p, 2);
-      const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-      const double size = exponent == 31 ? NAN : exponent ? std::ldexp(1024 + fraction, exponent - 25) : std::ldexp(fraction, -24);
-      return bits & 0x8000 ? -size : size;
-    }
-    std::memcpy(reinterpret_cast<char*>(&bits) + 4 - width(), p, width());
-    float v;
-    return std::memcpy(&v, &bits, 4), v;
-  }
-  // Eighths: the same in all types.
-  void fill() {
-    for (long i = 0; i < size; ++i) {
-      const double v = std::fmin(std::fmax(std::round(normal() * 8) / 8, -7.875), 7.875);
-      unsigned char* p = data.get() + i * width();
-      if (type == DType::f64) {
-        std::memcpy(p, &v, 8);
-      } else if (type == DType::f16) {
-        int exponent;
-        const int whole = (int)std::ldexp(std::frexp(std::fabs(v), &exponent), 11);  // 1024..2047, or 0
-        const std::uint16_t bits = (v < 0 ? 0x8000 : 0) | (whole ? (exponent + 14) << 10 | (whole & 1023) : 0);
-        std::memcpy(p, &bits, 2);
-      } else {
-        const float single = (float)v;
-        std::memcpy(p, reinterpret_cast<const char*>(&single) + 4 - width(), width());
-      }
-    }
-  }
-};
+// Eighths: the same in all types.
+void fill(Array& a) {
+  for (long i = 0; i < a.size; ++i) a.set(i, std::fmin(std::fmax(std::round(normal() * 8) / 8, -7.875), 7.875));
+}
 
 // U of an axis and what it stands for: A = U U^T, and B of a last harmonic without a mirror image.
 struct Axis {
@@ -116,7 +65,7 @@ bool check(long number) {
 
   const long x_row = row + pick(0, 5), x_plane = x_row * (h - 1) + row;
   Array x(type, planes * x_plane), y(type, planes * h * row);
-  x.fill();
+  fill(x);
   const bool shared = pick(0, 1);
   const long keeps = shared ? 1 : planes;
   std::unique_ptr<std::uint8_t[]> bytes(new std::uint8_t[keeps * h * row]);

@@ -5,10 +5,7 @@ from __future__ import annotations
 
 import itertools
 import math
-import os
 import random
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -793,17 +790,5 @@ def test_other_mistakes_are_named():
 # ---- the core by itself ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++").split()[-1]) is None, reason="no C++ compiler")
-def test_core_under_sanitizers(tmp_path):
-    best = [name for name in CPU.isas() if name != "amx"][-1]  # no build of this core for amx
-    program = tmp_path / "attention"
-    command = [
-        *os.environ.get("CXX", "g++").split(), "-std=c++17", "-O0", "-g1", "-march=native",
-        f"-DPYFACE_ISA={best}", "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-ignored-attributes",
-        "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}", f"-I{CSRC / 'include'}",
-        CSRC / "cpu" / "attention.cpp", Path(__file__).with_name("attention_sanitized.cpp"), "-o", program,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr[-4000:]
+def test_core_under_sanitizers(sanitized):
+    sanitized("attention")

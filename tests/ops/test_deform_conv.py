@@ -5,8 +5,6 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import os
-import shutil
 import subprocess
 import sys
 import warnings
@@ -713,17 +711,6 @@ def test_memory_beside_the_results(what, threads, shape, last):
     assert int(done.stdout) <= threads * (4 << 20) + slack, f"{int(done.stdout) / 2**20:.1f} MiB"
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (CXX or g++)")
-def test_core_under_sanitizers(tmp_path):
-    program = tmp_path / "deform_conv"
-    command = [
-        os.environ.get("CXX", "g++"), "-std=c++17", "-O0", "-g1", "-march=native", f"-DPYFACE_ISA={CPU.isas()[-1]}",
-        "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-ignored-attributes",
-        *([] if "amx" in CPU.isas() else ["-U__AMX_BF16__"]),  # which the system may refuse
-        "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}", f"-I{CSRC / 'include'}",
-        CSRC / "cpu" / "deform_conv.cpp", Path(__file__).with_name("deform_conv_sanitized.cpp"), "-o", program,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr[-4000:]
+def test_core_under_sanitizers(sanitized):
+    # whose tiles the system may refuse
+    sanitized("deform_conv", *([] if "amx" in CPU.isas() else ["-U__AMX_BF16__"]), isa=CPU.isas()[-1])

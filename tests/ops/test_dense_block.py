@@ -4,9 +4,6 @@ and the C++ core under sanitizers."""
 from __future__ import annotations
 
 import importlib
-import os
-import shutil
-import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -315,17 +312,5 @@ def test_is_in_the_table():
 # ---- the core by itself ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (CXX or g++)")
-def test_core_under_sanitizers(tmp_path):
-    best = [name for name in CPU.isas() if name != "amx"][-1]  # no build of this core for amx
-    program = tmp_path / "dense_block"
-    command = [
-        os.environ.get("CXX", "g++"), "-std=c++17", "-O1", "-g1", "-march=native", f"-DPYFACE_ISA={best}",
-        "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-ignored-attributes",
-        "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}", f"-I{CSRC / 'include'}",
-        CSRC / "cpu" / "dense_block.cpp", Path(__file__).with_name("dense_block_sanitized.cpp"), "-o", program,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr[-4000:]
+def test_core_under_sanitizers(sanitized):
+    sanitized("dense_block", "-O1")

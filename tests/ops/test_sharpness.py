@@ -8,47 +8,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sharpness_expected import RULES, TYPES, make, rule_expected
 
 import pyface
 from pyface.ops import multi_combine_, multi_dots, multi_norm, multi_step_, paths, perturb_, restore_
-
-RULES = [
-    ("second", {}), ("mix", {"t": 0.3}), ("gsam", {"alpha": 0.4}), ("gsam_first", {"alpha": 0.4}),
-    ("constrained", {"lower": 0.3, "upper": 0.6}), ("surgery", {}),
-]  # fmt: skip
-TYPES = [(torch.float32,) * 2, (torch.float64,) * 2, (torch.bfloat16,) * 2, (torch.float32, torch.bfloat16)]
-SIZES = [0, 1, 15, 16, 17, 32767, 32768, 32769, 70001]
-
-
-def make(sizes=SIZES, types=(torch.float32, torch.float32), seed=0):
-    g = torch.Generator().manual_seed(seed)
-    w, y, noise = ([torch.randn(n, generator=g, dtype=torch.float64) for n in sizes] for _ in range(3))
-    # cosines from clearly positive to clearly negative, so that every branch of every rule is taken
-    x = [(1 - p % 3) * a + 0.9 * b for p, (a, b) in enumerate(zip(y, noise, strict=True))]
-    return [t.to(types[0]) for t in w], [t.to(types[1]) for t in x], [t.to(types[1]) for t in y]
-
-
-def rule_expected(x, y, a, b, k, rule, lower=None, upper=None, t=None, alpha=None):
-    """The definitions of the papers, literally, in float64."""
-    if rule == "second":
-        return x
-    if rule == "mix":
-        return t * x + (1 - t) * y
-    if a == 0 or b == 0:
-        return x
-    if rule == "gsam":
-        return x - alpha * (y - k / a * x)
-    if rule == "gsam_first":
-        return y + alpha * (x - k / b * y)
-    if rule == "surgery":
-        return x - k / b * y if k < 0 else x
-    c = k / math.sqrt(a * b)
-    if c >= upper:
-        return x
-    if c <= lower:
-        return y
-    z = x + y
-    return (x @ z) / (z @ z) * z
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -292,3 +255,7 @@ def test_opcheck_and_compile():
     torch.compile(step, fullgraph=True, backend="aot_eager")(*copies)
     for ours, theirs in zip((w, xs, saved), (copies[0], copies[1], copies[3]), strict=True):
         assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+
+
+def test_core_under_sanitizers(sanitized):
+    sanitized("sharpness", "-fopenmp")

@@ -6,9 +6,6 @@ from __future__ import annotations
 import importlib
 import itertools
 import math
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -597,20 +594,8 @@ def test_bits_do_not_depend_on_threads_or_the_batch(isa, dtype):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.skipif(shutil.which(os.environ.get("CXX", "g++")) is None, reason="no C++ compiler (CXX or g++)")
-def test_core_under_sanitizers(tmp_path):
-    best = [name for name in CPU.isas() if name != "amx"][-1]  # no build of this core for amx
-    program = tmp_path / "spectral"
-    command = [
-        os.environ.get("CXX", "g++"), "-std=c++17", "-O0", "-g1", "-march=native", f"-DPYFACE_ISA={best}",
-        "-Wall", "-Wextra", "-Werror", "-Wno-psabi", "-Wno-ignored-attributes", "-fopenmp",
-        "-fsanitize=address,undefined", "-fno-sanitize-recover=all", f"-I{CSRC}", f"-I{CSRC / 'include'}",
-        CSRC / "cpu" / "spectral.cpp", Path(__file__).with_name("spectral_sanitized.cpp"), "-o", program,
-    ]  # fmt: skip
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
-    done = subprocess.run([program], capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "ok\n"), done.stdout + done.stderr[-4000:]
+def test_core_under_sanitizers(sanitized):
+    sanitized("spectral", "-fopenmp")
 
 
 def test_the_largest_blocks_go_to_a_transform_and_mean_the_same():

@@ -5,7 +5,15 @@
 // (pyface/ops/sharpness.py); nothing is checked again here. Definitions: pyface/ops/reference/sharpness.py.
 #pragma once
 
+#include <cmath>
+
 #include "pyface/types.h"
+
+#if defined(__CUDACC__)
+#define PYFACE_ANYWHERE __host__ __device__
+#else
+#define PYFACE_ANYWHERE
+#endif
 
 namespace pyface {
 
@@ -47,5 +55,24 @@ struct Sharpness {
   double lr, momentum, dampening, weight_decay;
   bool nesterov, maximize, first;  // first: the momentum buffers hold nothing yet
 };
+
+struct SharpnessPair {
+  double u, v;
+};
+
+// u and v of tensor p. Static: a copy in each instruction set.
+PYFACE_ANYWHERE static inline SharpnessPair sharpness_pair(const Sharpness& s, std::int64_t p) {
+  const double* sums = s.sums + 3 * (s.per_tensor ? p : s.count);
+  const double a = sums[0], b = sums[1], k = sums[2];
+  if (s.rule == SharpnessRule::mix) return {s.p0, 1 - s.p0};
+  if (s.rule == SharpnessRule::second || a == 0 || b == 0) return {1, 0};
+  if (s.rule == SharpnessRule::gsam) return {1 + s.p0 * k / a, -s.p0};
+  if (s.rule == SharpnessRule::gsam_first) return {s.p0, 1 - s.p0 * k / b};
+  if (s.rule == SharpnessRule::surgery) return {1, k < 0 ? -k / b : 0};
+  const double c = k / (std::sqrt(a) * std::sqrt(b)), z = a + 2 * k + b;
+  if (c >= s.p1) return {1, 0};
+  if (c <= s.p0 || z <= 1e-14 * (a + b)) return {0, 1};
+  return {(a + k) / z, (a + k) / z};
+}
 
 }  // namespace pyface

@@ -18,6 +18,7 @@
 #define __device__
 #define __host__
 #define __forceinline__ inline
+#define __grid_constant__
 #define __launch_bounds__(...)
 #define __shared__ static __attribute__((section("emulated_shared")))
 
@@ -183,6 +184,8 @@ inline unsigned __ballot_sync(unsigned mask, int predicate, int line = __builtin
   for (int i = 0; i < 32; ++i) votes |= (mask >> i & 1) && all[i] ? 1u << i : 0u;
   return votes;
 }
+
+inline void __threadfence() {}  // blocks run one after another
 
 // Threads only change at barriers, so a plain read-modify-write is atomic.
 template <typename T>
