@@ -14,7 +14,7 @@ HALVED = "pyface: batched, bf16"
 SINGLE = "one pass per image, through the whole network"
 
 # (backbone, target, side, test frames, training images): the published network at a fifth of the published 50 + 30
-# images (a full one takes minutes per round on two cores), and the network of the tiny preset.
+# images (a full one takes minutes per round on two cores), and a small network.
 SETTINGS = (("xception", None, 224, 10, 6), ("resnet10t", "layer3", 96, 14, 16))
 QUICK = (("resnet10t", "layer3", 32, 2, 2),)
 

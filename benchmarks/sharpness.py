@@ -506,8 +506,8 @@ def _whole_sam(options: Options, shapes) -> list[Peer]:
     base = base_optimizer(t)
 
     def davda54():
-        for p, kept in zip(base.param_groups[0]["params"], davda54_ascent(t), strict=True):
-            p.data = kept
+        for i, (p, kept) in enumerate(zip(base.param_groups[0]["params"], davda54_ascent(t), strict=True)):
+            p.data = t.ws[i] = kept  # another memory in every step
         base.step()
 
     return [

@@ -37,6 +37,8 @@ class Recipe(ABC):
         best: columns of the validation table to choose weights by, with ``"max"`` or ``"min"``. For each, the weights
             with the best mean over the rows are kept as ``best-COLUMN.safetensors``; those of the first are the run's
             result. Without any, the result is what the last step leaves.
+        alike: so many samples in a row of an epoch are augmented with the same random numbers: 2 where :meth:`order`
+            gives pairs that shall be cropped and mirrored alike.
         stores: ``"trainable"`` writes only parameters that require a gradient (and the buffers beside them) into
             checkpoints and results, for small additions to a large frozen network.
     """
@@ -44,6 +46,7 @@ class Recipe(ABC):
     Config: ClassVar[type[TrainConfig]]
     manual: ClassVar[bool] = False
     best: ClassVar[Mapping[str, Literal["max", "min"]]] = {}
+    alike: int = 1
     stores: ClassVar[Literal["all", "trainable"]] = "all"
 
     def __init__(self, config: TrainConfig) -> None:
@@ -77,7 +80,10 @@ class Recipe(ABC):
         return rng.permutation(length)
 
     def augment(self, sample: Any, rng: np.random.Generator) -> Any:
-        """A sample changed at random. It depends on seed, epoch and place in the epoch, on no process or worker."""
+        """A sample changed at random. It depends on seed, epoch and place in the epoch, on no process or worker.
+
+        Samples that are to be :attr:`alike` get equal generators.
+        """
         return sample
 
     def collate(self, samples: list[Any]) -> Any:

@@ -90,7 +90,7 @@ class _Samples(Dataset):
         before = torch.get_rng_state()
         augmented = []
         for (epoch, place, _), sample in zip(keys, samples, strict=True):
-            rng = np.random.default_rng((self.recipe.config.seed, epoch, _SAMPLE, place))
+            rng = np.random.default_rng((self.recipe.config.seed, epoch, _SAMPLE, place // self.recipe.alike))
             torch.default_generator.manual_seed(int(rng.integers(2**63)))
             augmented.append(self.recipe.augment(sample, rng))
         torch.set_rng_state(before)

@@ -42,6 +42,29 @@ def equal_error_rate(scores: Tensor, labels: Tensor) -> Tensor:
     return torch.lerp(passed[after - 1].double(), passed[after].double(), share).float()
 
 
+def best_threshold(scores: Tensor, labels: Tensor) -> float:
+    """The score from which on a sample counts as fake, so that the mean of both classes' accuracy is highest.
+
+    It lies half way between the two neighbouring scores that it separates. Of several that are equally good it is the
+    middle one, of an even number the higher of the two in the middle: fewer real samples are called fake. NaN unless
+    both labels occur.
+
+    Args:
+        scores: Tensor[N], higher for label 1; any scale.
+        labels: Tensor[N] of 0 and 1.
+    """
+    if not _both(labels):
+        return math.nan
+    values = scores.double().unique()
+    cuts = (values[1:] + values[:-1]) / 2
+    if len(cuts) == 0:
+        return float(values[0])
+    passed, fake = scores.double() >= cuts[:, None], labels.bool()
+    balanced = passed[:, fake].double().mean(1) + (~passed[:, ~fake]).double().mean(1)
+    good = (balanced >= balanced.max() - 1e-12).nonzero().flatten()
+    return float(cuts[good[len(good) // 2]])
+
+
 def _auroc(scores: Tensor, labels: Tensor) -> Tensor:
     if not _both(labels):
         return scores.new_tensor(math.nan, dtype=torch.float32)

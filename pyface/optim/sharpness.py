@@ -378,17 +378,32 @@ class GradientConstrainedSAM(SAM):
     """Gradient-constrained SAM of GCSCoOp (arXiv:2309.07866), tensor by tensor by the cosine c of x and y.
 
     x where c >= upper; y where c <= lower; between them the projection of x on x + y.
+
+    Args:
+        lower: None: x is projected however much the two gradients disagree.
+        granularity: "tensor", as in the authors' code; "global": one cosine over all parameters, which does not depend
+            on how they are cut into tensors.
     """
 
     rule = "constrained"
 
     def __init__(
-        self, params, base_optimizer, rho: float = 0.1, lower: float = 0.5, upper: float = 0.8, **base_arguments
+        self,
+        params,
+        base_optimizer,
+        rho: float = 0.1,
+        lower: float | None = 0.5,
+        upper: float = 0.8,
+        granularity: str = "tensor",
+        **base_arguments,
     ):
+        lower = -2.0 if lower is None else lower  # below every cosine
         if not lower <= upper:
             raise UserError(f"GradientConstrainedSAM: lower must not be above upper, got {lower} and {upper}")
+        if granularity not in ("tensor", "global"):
+            raise UserError(f"GradientConstrainedSAM: granularity must be 'tensor' or 'global', got {granularity!r}")
         super().__init__(params, base_optimizer, rho, **base_arguments)
-        self.rule_parameters = {"lower": lower, "upper": upper}
+        self.rule_parameters = {"lower": lower, "upper": upper, "granularity": granularity}
 
 
 def _wrapped() -> None:

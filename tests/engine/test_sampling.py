@@ -71,6 +71,15 @@ def test_augmentation_depends_on_the_place_alone():
     assert not torch.equal(other[0]["x"], together[0])
 
 
+def test_pairs_are_augmented_alike():
+    recipe = Regression(Config.preset())
+    recipe.alike = 2
+    values = [sample["x"] for sample in _Samples(recipe, Numbers()).__getitems__([(0, place, 5) for place in range(4)])]
+    assert torch.equal(values[0], values[1])
+    assert torch.equal(values[2], values[3])
+    assert not torch.equal(values[0], values[2])
+
+
 def test_data_sets_that_read_many_at_once_are_asked_once():
     class Many(Numbers):
         asked = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import shutil
@@ -22,7 +23,7 @@ from pyface.methods.acmf import ACMF, NOTEBOOK, Adaptation, Adapter, convert_sta
 from pyface.methods.acmf.convert import load
 from pyface.methods.acmf.losses import consistency_loss, flooded
 from pyface.methods.acmf.model import scaled_maps
-from pyface.methods.acmf.recipe import Config, Frames, Recipe, best_threshold, error_rates, video_scores
+from pyface.methods.acmf.recipe import Config, Frames, Recipe, error_rates, video_scores
 from pyface.methods.detection import Detector, load_detector
 
 SIDE = 32
@@ -150,14 +151,6 @@ def test_frame_and_video_protocols():
     assert math.isnan(error_rates(clips[:1], logits[:1])["video_auc"])
 
 
-def test_threshold_balances_both_classes():
-    labels = torch.tensor([0, 0, 0, 0, 1])
-    assert best_threshold(torch.tensor([0.1, 0.2, 0.3, 0.4, 0.9]), labels) == pytest.approx(0.65)
-    # one real video above the fake: letting it go is better than missing the only fake
-    assert best_threshold(torch.tensor([0.1, 0.2, 0.3, 0.95, 0.9]), labels) == pytest.approx(0.6)
-    assert math.isnan(best_threshold(torch.tensor([0.1, 0.2]), torch.tensor([1, 1])))
-
-
 def test_an_epoch_takes_every_real_frame_once_and_families_alike():
     clips = [clip(0, 6, seed=1), clip(1, 2, "a", seed=2), clip(1, 9, "b", seed=3)]
     frames = Frames(clips)
@@ -166,6 +159,21 @@ def test_an_epoch_takes_every_real_frame_once_and_families_alike():
     assert sorted(kinds) == ["a"] * 3 + ["b"] * 3 + ["real"] * 6
     assert len({index for index, kind in zip(order, kinds) if kind == "real"}) == 6
     assert kinds[::2] == ["real"] * 6
+
+
+def test_a_real_frame_comes_with_a_forged_one_of_the_same_person_and_moment():
+    people = [
+        dataclasses.replace(clip(label, 4, family, seed=number), identity=person)
+        for number, (label, family, person) in enumerate(
+            [(0, "", "p"), (0, "", "q"), (0, "", "alone"), (1, "a", "p"), (1, "a", "q"), (1, "b", "q"), (1, "b", "p")]
+        )
+    ]
+    frames = Frames(people)
+    places = [frames.places[index] for index in frames.balanced(np.random.default_rng(0))]
+    for (real, moment), (fake, forged_moment) in zip(places[::2], places[1::2]):
+        assert (people[real].label, people[fake].label) == (0, 1)
+        if people[real].identity != "alone":
+            assert (people[fake].identity, forged_moment) == (people[real].identity, moment)
 
 
 # ------------------------------------------------------------------------------------------------------------- stage 2
@@ -419,7 +427,7 @@ def test_consistency_mode_and_spectrum_masks_train():
 def test_detector(run, tmp_path):
     folder, _ = run
     detector: Detector = load_detector("acmf", folder)
-    assert (detector.method, detector.image_size, detector.margin, detector.least_frames) == ("acmf", SIDE, 1.3, 1)
+    assert (detector.method, detector.image_size, detector.margin, detector.least_frames) == ("acmf", SIDE, 0.8, 1)
     assert detector.threshold is not None
     assert "val:" in detector.calibration
     faces = torch.rand(5, 3, SIDE, SIDE)

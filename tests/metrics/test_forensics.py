@@ -10,6 +10,7 @@ from torchmetrics.classification import BinaryEER
 
 from pyface.errors import UserError
 from pyface.metrics import ClipAccuracy, EqualErrorRate, VideoAccuracy, VideoAUROC, VideoEqualErrorRate
+from pyface.metrics.forensics import best_threshold
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method")
 VIDEO_METRICS = [VideoAUROC, VideoAccuracy, VideoEqualErrorRate]
@@ -51,6 +52,30 @@ def test_equal_error_rate_is_blind_to_the_scale_and_symmetric_in_the_classes(row
     assert 0 <= rate <= 1
     torch.testing.assert_close(EqualErrorRate()(torch.sigmoid(scores / 3), labels), rate)
     torch.testing.assert_close(EqualErrorRate()(-scores, 1 - labels), rate)
+
+
+@pytest.mark.parametrize(
+    ("scores", "labels", "threshold"),
+    [
+        ([0.2, 0.5, 0.4, 0.9], [0, 1, 0, 1], 0.45),
+        ([0.1, 0.2, 0.3, 0.4, 0.9], [0, 0, 0, 0, 1], 0.65),
+        # one real sample above the fake: letting it go is better than missing the only fake
+        ([0.1, 0.2, 0.3, 0.95, 0.9], [0, 0, 0, 0, 1], 0.6),
+        # of two equally good ones, 0.2 with a false alarm and 0.6 with a miss, the higher
+        ([0.1, 0.3, 0.5, 0.7], [0, 1, 0, 1], 0.6),
+        # of three, 0.15, 0.35 and 0.55, the middle one
+        ([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0, 1, 0, 1, 0, 1], 0.35),
+        ([0.3, 0.3, 0.3], [0, 1, 1], 0.3),  # nothing to separate
+        ([-7.0, 90.0, 3.0], [0, 1, 0], 46.5),
+    ],
+)
+def test_threshold_balances_both_classes(scores, labels, threshold):
+    assert best_threshold(torch.tensor(scores), torch.tensor(labels)) == pytest.approx(threshold)
+
+
+@pytest.mark.parametrize("labels", [[0, 0], [1, 1], []])
+def test_no_threshold_without_both_classes(labels):
+    assert math.isnan(best_threshold(torch.rand(len(labels)), torch.tensor(labels)))
 
 
 def test_clips_and_videos_of_the_sheet():

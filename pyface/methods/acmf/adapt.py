@@ -78,7 +78,8 @@ class Adapter:
             raise UserError("acmf: stage 2 needs at least one batch of training data")
         self.settings, self.seed = settings, seed
         self.device = next(network.parameters()).device
-        self.network = copy.deepcopy(network).eval().requires_grad_(True)
+        # Convolutions are faster with channels last in memory; weights so laid out make their maps so.
+        self.network = copy.deepcopy(network).eval().requires_grad_(True).to(memory_format=torch.channels_last)
         own = [*self.network.parameters(), *self.network.buffers()]
         self._own = [value.detach() for value in own]
         self._initial = [value.detach().clone() for value in own]

@@ -15,7 +15,7 @@ from pyface.methods.acmf.losses import fake_share
 from pyface.methods.acmf.model import ACMF, scaled_maps
 from pyface.methods.detection import FaceScores
 
-BATCH = 32
+BATCH = 8  # larger maps are more than malloc keeps, and fresh memory costs more than a larger batch saves
 MARGIN = 1.3  # of the authors' crops, as far as they are known
 
 
@@ -30,7 +30,7 @@ class AcmfDetector:
     least_frames = 1
 
     def __init__(self, network: ACMF, about: dict[str, str], device: str) -> None:
-        self.network, self.device = network.to(device).eval(), device
+        self.network, self.device = network.to(device, memory_format=torch.channels_last).eval(), device
         self.image_size = network.image_size
         self.margin = float(about.get("margin", MARGIN))
         self.training = about.get("training", "")
@@ -47,11 +47,12 @@ class AcmfDetector:
             return FaceScores(np.zeros(0), float("nan"), np.zeros((0, side, side), np.float32) if maps else None)
         logits, attention = [], []
         for part in faces.split(BATCH):
+            part = part.to(self.device)
             if maps:
-                some, found = self.network.attend(part.to(self.device))
+                some, found = self.network.attend(part)
                 attention.append(scaled_maps(found, side).cpu())
             else:
-                some = self.network(part.to(self.device)).float()
+                some = self.network(part).float()
             logits.append(some.cpu())
         joined = torch.cat(logits)
         return FaceScores(

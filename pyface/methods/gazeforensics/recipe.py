@@ -21,7 +21,7 @@ from pyface.data.protocols import FaceClip, Part, describe, face_clips, families
 from pyface.engine import PROCEDURAL, TrainConfig, setting
 from pyface.errors import UserError
 from pyface.methods.gazeforensics import losses
-from pyface.methods.gazeforensics.clips import clip_quota, epoch_order, evaluation_clips, training_frames
+from pyface.methods.gazeforensics.clips import clip_quota, epoch_order, evaluation_clips, paired_order, training_frames
 from pyface.methods.gazeforensics.model import FRAMES, GazeForensics, GazeNetwork, prepared
 from pyface.methods.gazeforensics.teacher import GazeFaces, GazeLabels, embeddings, load_teacher
 
@@ -48,10 +48,11 @@ class Config(TrainConfig):
         "rework": {"crop": "central", "init": "gaze"},
         "teacher": _TEACHER,
         "tiny": {
-            "trunk": "test_resnet", "image_size": 64, "heads": 4, "head_width": 32, "init": "gaze", "frames": 28,
-            "videos": 20, "validation": 8, "tests": 8, "share": 1.0, "epochs": 20, "batch_size": 8, "lr": 4e-3,
-            "schedule": "step", "margin": 0.9, "teacher_faces": 2000, "teacher_steps": 800, "teacher_lr": 4e-3,
-            "teacher_augment": False, "precision": "bf16", "validate_every": 4, "checkpoint_every": 0, "log_every": 20,
+            "trunk": "test_resnet", "image_size": 80, "margin": 0.8, "heads": 4, "head_width": 32, "init": "gaze",
+            "frames": 14, "videos": 60, "validation": 8, "tests": 8, "share": 1.0, "pairs": True, "epochs": None,
+            "steps": 300, "batch_size": 8, "lr": 8e-3, "schedule": "step", "teacher_faces": 2000,
+            "teacher_steps": 800, "teacher_lr": 4e-3, "teacher_augment": False, "precision": "bf16",
+            "validate_every": 100, "checkpoint_every": 100, "log_every": 20,
         },
     }  # fmt: skip
 
@@ -79,6 +80,9 @@ class Config(TrainConfig):
         0, "most clips of one training video: 36 for FaceForensics++, 8 for WildDeepfake; 0 for no limit"
     )
     share: float = setting(0.2, "part of the training clips that each epoch takes")
+    pairs: bool = setting(
+        False, "each clip of a real video comes with one of a fake of the same person; false draws them apart (paper)"
+    )
     trunk: str = setting("resnet18", "backbone of both networks, by timm's name")
     image_size: int = setting(224, "side of the networks' pictures in pixels")
     crop: Literal["full", "central"] = setting("full", "of the face crop: all (paper), or the central 79 % (2024)")
@@ -133,6 +137,7 @@ class Clips(Dataset):
     def __init__(self, videos: Sequence[FaceClip]) -> None:
         self.videos = list(videos)
         self.labels = [video.label for video in self.videos]
+        self.people = [video.identity for video in self.videos]
         self.lengths = [len(video.faces) for video in self.videos]
         self.starts = np.cumsum([0, *self.lengths])
 
@@ -151,6 +156,7 @@ class Recipe(engine.Recipe):
     def __init__(self, config: Config) -> None:
         super().__init__(config)
         self.is_teacher = config.stage == "teacher"
+        self.alike = 2 if config.pairs and not self.is_teacher else 1
         self.best = {"angular_error": "min"} if self.is_teacher else {"auc": "max"}
         self.teacher: GazeNetwork | None = None
         self.known: Tensor | None = None
@@ -239,6 +245,8 @@ class Recipe(engine.Recipe):
     def order(self, epoch: int, length: int, rng: np.random.Generator) -> Sequence[int]:
         if self.is_teacher:
             return rng.permutation(length)
+        if self.config.pairs:
+            return paired_order(self.quota, self.clips.labels, self.clips.people, self.config.share, rng)
         return epoch_order(self.quota, self.clips.labels, self.config.share, rng)
 
     def augment(self, sample: Any, rng: np.random.Generator) -> Any:
@@ -351,13 +359,16 @@ class Recipe(engine.Recipe):
 
     def validate(self, network: nn.Module) -> list[engine.Row]:
         """Videos of people that training never saw, forged as the training videos; or faces with their gaze."""
+        from pyface.metrics.forensics import best_threshold
+
         if self.is_teacher:
             return [self._gaze_row(network, "val")]
         if self._validation is None:
             self._validation = self._videos(self.config.train_on, "val", self.config.validation, self._own_cache())
         scores = self.scores(network, self._validation)
-        row = measures(self._validation, scores)
-        return [row | {"threshold": calibrated(self._validation, scores)}]
+        means = torch.tensor([own.mean() for own in scores], dtype=torch.float64)
+        labels = torch.tensor([video.label for video in self._validation])
+        return [measures(self._validation, scores) | {"threshold": best_threshold(means, labels)}]
 
     def evaluate(self, network: nn.Module) -> list[engine.Row]:
         """One row per forgery family of ``test_on`` with the real videos of its data set, and one per data set."""
@@ -463,25 +474,6 @@ def measures(videos: Sequence[FaceClip], scores: Sequence[np.ndarray]) -> engine
         "clip_accuracy": clips.compute().item(),
         **{name: metric.compute().item() for name, metric in metrics.items()},
     }
-
-
-def calibrated(videos: Sequence[FaceClip], scores: Sequence[np.ndarray]) -> float:
-    """The threshold of video scores with the best mean of hit rate and correct-rejection rate.
-
-    Half way between the two scores that it separates; of equally good ones the middle one. NaN unless there are real
-    and fake videos.
-    """
-    means = np.array([own.mean() for own in scores])
-    labels = np.array([video.label for video in videos])
-    if len(set(labels.tolist())) < 2:
-        return float("nan")
-    places = np.unique(means)
-    middles = (places[1:] + places[:-1]) / 2
-    if not len(middles):
-        return float(places[0])
-    balanced = [((means >= t)[labels == 1].mean() + (means < t)[labels == 0].mean()) / 2 for t in middles]
-    best = np.flatnonzero(np.isclose(balanced, max(balanced)))
-    return float(middles[best[(len(best) - 1) // 2]])
 
 
 def changed(
