@@ -357,7 +357,13 @@ def _dots_fake(xs, ys, path):
     return _norm_fake(ys, None, 0.0, path)
 
 
+def _check_rhos(rhos, weights):
+    if len(rhos) != len(weights):
+        raise ValueError(f"perturb_: rho must be one number or one per tensor ({len(weights)}), got {len(rhos)}")
+
+
 def _perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
+    _check_rhos(rho, weights)
     _check("perturb_", weights=weights, saved=saved, ys=ys)
     _check_types("perturb_", weights, saved)
     _check_sums("perturb_", len(ys), sums, nonfinite)
@@ -530,8 +536,7 @@ def perturb_(
         eta: not None: the ascent of ASAM, y times (|w| + eta)²; `sums` must then be taken with the weights.
     """
     rhos = [float(rho)] * len(weights) if isinstance(rho, int | float) else list(map(float, rho))
-    if len(rhos) != len(weights):
-        raise ValueError(f"perturb_: rho must be one number or one per tensor ({len(weights)}), got {len(rhos)}")
+    _check_rhos(rhos, weights)
     if not all(0 <= r < float("inf") for r in set(rhos)):
         raise ValueError(f"perturb_: rho must be finite and not negative, got {rho}")
     _perturb_op(
