@@ -301,8 +301,8 @@ def _ran(path: str | None, name: str, lists, some: Tensor, *arguments) -> bool:
 
     arguments: sums and flags, if the pass takes any, then the rest.
     """
-    device = some.device.type
-    core = _compiled(device) if path in (None, device) else None
+    device = "cpu" if some.is_cpu else some.device.type
+    core = _compiled(device) if path is None or path == device else None
     if core is None:
         return False
     read = core.read(lists, *(arguments[:2] or (None, None)))

@@ -1,4 +1,4 @@
-"""Core sharpness: lists that the compiled module reads for itself, those that Python deals with, many and large ones."""
+"""Core sharpness: lists that the compiled module reads itself, those that Python deals with, many and large ones."""
 
 from __future__ import annotations
 
