@@ -203,10 +203,10 @@ class Compiled(Listed):
     def run(self, name, lists, *arguments):
         self.call(name, self.module.SharpnessLists(table(lists)), next(filter(None, lists))[0], *arguments)
 
-    def call(self, name: str, read, some: Tensor, *arguments) -> None:
+    def call(self, name: str, read, some: Tensor, sums: Tensor | None = None, nonfinite=None, *others) -> None:
         """Runs a pass over lists that were read, of which `some` tensor is one."""
-        arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        self.passes[name](read, *arguments, *self.where(some))
+        addresses = () if sums is None else (sums.data_ptr(), nonfinite.data_ptr())
+        self.passes[name](read, *addresses, *others, *self.where(some))
 
 
 class _Cpu(Compiled):
