@@ -182,6 +182,8 @@ def onnx_deform_conv(
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
+    # Between two calls its threads would turn on the cores that the next peer needs; within a call they may.
+    options.add_session_config_entry("session.force_spinning_stop", "1")
     session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     feed = {name: t.numpy() for name, t in inputs.items()}
     return lambda: torch.from_numpy(session.run(None, feed)[0])

@@ -58,6 +58,8 @@ STEPS = {
     "momentum": {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.02},
     "nesterov": {"momentum": 0.9, "nesterov": True, "maximize": True},
 }
+# Every rule and every kind of step; one does not look at the other.
+RULES_AND_STEPS = [*((*rule, "momentum") for rule in RULES), *(("gsam", {"alpha": 0.4}, step) for step in STEPS)]
 _SGD = {
     "lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False,
     "first": False,
@@ -238,26 +240,33 @@ def check_mixed_list(core, device="cpu"):
         for tensors, own in zip(lists, make((33, 0, 5000 + number), types, seed=number), strict=True):
             tensors += own
     w, x, y = to(device, *lists)
-    for tensors in (w, y):
-        for p in range(0, len(tensors), 2):
+    saved, momenta = [t.clone() for t in w], [t.sin() for t in w]
+    for number, tensors in enumerate((w, saved, x, y, momenta)):  # each by itself once
+        for p in range(number, len(tensors), 7):
             tensors[p] = torch.cat([tensors[p][:1], tensors[p]])[1:] if len(tensors[p]) else tensors[p]
     values, _ = core.sums(x, y, None, 0.0)
     exact, _ = reference.sums(wide(x), wide(y), None, 0.0)
     torch.testing.assert_close(values.cpu(), exact, rtol=1e-12, atol=1e-9)
-    old, saved, rho = [t.clone() for t in w], [torch.empty_like(t) for t in w], [0.01 * p for p in range(len(w))]
+    old, rho = [t.clone() for t in w], [0.01 * p for p in range(len(w))]
     core.perturb_(w, saved, y, *core.sums(None, y, None, 0.0), rho, 1e-12, 0.0, None)
     expected = wide(old)
     reference.perturb_(expected, wide(old), wide(y), exact, torch.zeros(2), rho, 1e-12, 0.0, None)
     close(w, expected)
     core.restore_(w, saved)
     assert all(map(same_bits, w, old))
-    arguments = rule_arguments("constrained", {"lower": 0.3, "upper": 0.6}, True)
+    nonfinite = torch.zeros(2, device=device)
+    arguments = rule_arguments("mix", {"t": 0.3}, False)  # which reads all
     expected = reference.combined(wide(x), wide(y), *reference.coefficients(exact, *arguments))
-    stepped = [t.double() - 0.1 * g for t, g in zip(wide(saved), expected, strict=True)]
-    core.step_(w, saved, x, y, None, values, torch.zeros(2, device=device), *arguments, *_SGD.values())
+    sgd = _SGD | STEPS["nesterov"]
+    stepped, moments = wide(w), wide(momenta)
+    reference.step_(stepped, wide(saved), expected, moments, torch.tensor(False), *sgd.values())
+    core.step_(w, saved, x, y, momenta, values, nonfinite, *arguments, *sgd.values())
     close(w, stepped)
-    core.combine_(x, y, values, torch.zeros(2, device=device), *arguments)
-    close(x, expected)
+    close(momenta, moments)
+    for rule in (arguments, rule_arguments("constrained", {"lower": 0.3, "upper": 0.6}, True)):
+        expected = reference.combined(wide(x), wide(y), *reference.coefficients(exact, *rule))
+        core.combine_(x, y, values, nonfinite, *rule)
+        close(x, expected)
 
 
 def check_layouts(core, device="cpu"):

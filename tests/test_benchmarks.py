@@ -24,7 +24,7 @@ from pyface.ops.reference import coupling as twin
 
 FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
 harness, coupling = _load(FOLDER, "coupling")
-from benchmarks import attention, deform_conv, peers, proface_s, spectral  # noqa: E402 - _load has made the package known
+from benchmarks import attention, deform_conv, peers, proface_s, sharpness, spectral  # noqa: E402 - _load has made the package known
 
 QUICK = harness.Options(quick=True)
 
@@ -285,6 +285,90 @@ def test_flops_count_what_torch_counts():
     assert counter.get_total_flops() == peers.flops([subnet], 2, 8, 6)
 
 
+def lists_after(call, seed=5) -> sharpness.Lists:
+    torch.manual_seed(seed)
+    t = sharpness._make(QUICK, [(40, 3), (7,), (65,)])
+    given = call(t)
+    if given is not None:  # combined gradients instead of xs overwritten
+        for x, g in zip(t.xs, given, strict=True):
+            x.copy_(g)
+    return t
+
+
+def test_sharpness_peers_agree():
+    def ascend(t):
+        sharpness.perturb_(t.ws, t.ys, t.saved, sharpness.multi_norm(t.ys), sharpness.RHO)
+
+    def gsam(t):
+        sharpness.multi_combine_(t.xs, t.ys, sharpness.multi_dots(t.xs, t.ys), "gsam", alpha=sharpness.ALPHA)
+
+    def constrained(t, **bounds):
+        sharpness.multi_combine_(t.xs, t.ys, sharpness.multi_dots(t.xs, t.ys), "constrained", **bounds)
+
+    pairs = [
+        (ascend, lambda t: (sharpness.davda54_ascent(t), None)[1]),
+        (ascend, sharpness.plain_ascent),
+        (ascend, sharpness.foreach_ascent),
+        (gsam, lambda t: sharpness.gsam_combine(t.xs, t.ys)),
+        (gsam, lambda t: sharpness.foreach_gsam(t.xs, t.ys)),
+        (gsam, lambda t: sharpness.foreach_combine(t.xs, t.ys)),
+        (gsam, lambda t: sharpness.closed_form(t.xs, t.ys)),
+        (gsam, lambda t: sharpness.closed_form_(t.xs, t.ys)),
+    ]
+    for lower, upper in ((-2, 2), (-2, -1.5), (1.5, 2), (0.6, 0.7)):
+        bounds = {"lower": lower, "upper": upper}
+        pairs.append(
+            (lambda t, b=bounds: constrained(t, **b), lambda t, b=bounds: sharpness.gcscoop_combine(t.xs, t.ys, **b))
+        )
+    for ours, theirs in pairs:
+        a, b = lists_after(ours), lists_after(theirs)
+        for one, other in ((a.ws, b.ws), (a.xs, b.xs)):
+            for x, y in zip(one, other, strict=True):
+                torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+    before = lists_after(lambda t: None)
+    assert not torch.equal(lists_after(ascend).ws[0], before.ws[0])
+    assert not torch.equal(lists_after(gsam).xs[0], before.xs[0])
+
+
+@pytest.mark.parametrize("operation", ["whole step (GCSCoOp)", "whole step (SAM)"])
+def test_whole_steps_of_sharpness_agree(operation, monkeypatch):
+    """Each peer starts from lists of its own here, and they end at the same weights."""
+    made, ends = [], {}
+    real = sharpness._make
+    monkeypatch.setattr(sharpness, "_make", lambda *a: made.append(real(*a)) or made[-1])
+    build = sharpness.PASSES[operation][0]
+    for number in range(len(build(QUICK, [(30,), (5, 2)]))):
+        torch.manual_seed(0)
+        peer = build(QUICK, [(30,), (5, 2)])[number]
+        if peer.name in (sharpness.CEILING, sharpness.NOTHING) or "(GSAM)" in peer.name:
+            continue
+        with torch.no_grad():
+            peer.call()
+        ends[peer.name] = made[-1]
+    assert len(ends) >= 2
+    torch.manual_seed(0)
+    start = real(QUICK, [(30,), (5, 2)])
+    first, *others = ends.values()
+    assert not torch.equal(first.ws[0], start.ws[0])
+    for other in others:
+        for a, b in zip(first.ws, other.ws, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+@pytest.mark.skipif(bool(sharpness._memory()[1]), reason="no C compiler")
+@pytest.mark.parametrize("n", [100_000, 65_536, 64])
+def test_the_program_that_measures_the_memory(n):
+    limit = sharpness.Ceiling(QUICK, n)
+    limit.a.fill_(2.0)
+    for plain in (False, True):
+        limit.b.zero_()
+        limit.copy(3, plain=plain)  # all, then half of it again
+        assert int((limit.b == 2).sum()) == n // 16 * 16
+    limit.scale()
+    assert 1.9999 < float(limit.a[0]) < 2
+    limit.read(3)
+
+
 SAME_RESULT = (
     "FrEIA", "HiNet", "dense conv2d", "pyface.ops.dense_block fp32", "cat, NCHW fp32", "cat, channels_last fp32",
     "torchvision", "ONNX Runtime", attention.CAT, f"{attention.CAT}, padded to 16", attention.TRICK,
@@ -294,7 +378,8 @@ SAME_RESULT = (
 
 
 @pytest.mark.parametrize(
-    "make_cases", [attention.cases, coupling.cases, deform_conv.cases, proface_s.cases, spectral.cases],
+    "make_cases",
+    [attention.cases, coupling.cases, deform_conv.cases, proface_s.cases, spectral.cases],
     ids=["attention", "coupling", "deform_conv", "proface_s", "spectral"],
 )
 def test_results_of_one_case_agree(make_cases):

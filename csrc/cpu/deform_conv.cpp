@@ -1,8 +1,9 @@
 // Deformable convolution. See pyface/deform_conv.h for what is computed.
 //
 // Forward: a tile of pixels is sampled into columns that stay in the cache, kBlock channels of a pixel together, and
-// multiplied by packed weights in register tiles. Where the result has few pixels the weights are the whole cost: they are
-// read once, as they lie, and every output is a dot product.
+// multiplied by packed weights in register tiles, outputs in the lanes. Where the weights outweigh the pixels they are read
+// as they lie, and the columns are turned instead: pixels in the lanes. For so few pixels that they would leave most lanes
+// empty every output is a dot product.
 //
 // Backward: a task owns some channels of the input, and so their gradients, of which no other task knows: nothing is locked,
 // and nothing of the size of the columns is stored. What a task adds to the gradients of offset and mask is kept apart and
@@ -21,12 +22,14 @@ namespace pyface::cpu::PYFACE_ISA {
 namespace {
 
 constexpr std::int64_t kBlock = 16;       // channels that lie together in the columns
-constexpr std::int64_t kPixels = 112;     // of a tile, at most: a multiple of the rows of a register tile and of the lanes
+constexpr std::int64_t kPixels = 224;     // of a tile, at most: a multiple of the rows of a register tile and of the lanes
 constexpr int kVectors = 2;               // vectors of sums in a row of a register tile
 constexpr std::int64_t kSteps = 768;      // products in one running sum: about oneDNN's rounding error
 constexpr std::int64_t kNeighbours = 4;   // pixels that are sampled together
-constexpr std::int64_t kFewPixels = 64;   // of all images together: up to here packing the weights would cost too much
-constexpr std::int64_t kWeightBytes = 4 << 20;    // of packed weights for each thread; more weights are taken in stages
+constexpr std::int64_t kFewPixels = 8;    // of all images together: up to here every output is a dot product
+constexpr std::int64_t kTurned = 2;       // pixels for each output: up to here the columns are turned
+constexpr std::int64_t kLeastPixels = 64; // of a task, unless there are no more: fewer would read the weights too often
+constexpr std::int64_t kWeightBytes = 2 << 20;    // of packed weights for each thread; more weights are taken in stages
 constexpr std::int64_t kImageBytes = 1 << 20;     // of copied images for each thread, but at least one image
 constexpr std::int64_t kSerialProducts = 200000;  // below this a team costs more than it saves
 
@@ -42,6 +45,14 @@ constexpr int kRows<bf16> = 14;
 template <>
 constexpr int kRows<double> = 4;  // enough to keep the adders busy, and far less code
 
+// Rows of weights, read as they lie, that are multiplied with all pixels of a tile before the next ones.
+template <class T>
+constexpr std::int64_t kTogether = 2 * kRows<T>;
+#if defined(__AMX_BF16__)
+template <>
+constexpr std::int64_t kTogether<bf16> = 32;
+#endif
+
 template <class T>
 using Sum = typename Arithmetic<T>::sum;
 template <class T>
@@ -56,6 +67,7 @@ constexpr std::int64_t kWide = kVectors * Lanes<Sum<T>>::count;  // sums in a ro
 struct Walk {
   const std::int64_t* counts;
   std::int64_t blocks, taps, pitch;
+  std::int64_t row;  // distance of the rows, for Row = 0
 };
 
 // c[row][kWide] (+)= sum over steps of a[row][step] * b[step][kWide]. Row and Step are the distances in a.
@@ -63,6 +75,7 @@ template <class T, int Row, int Step, int V, int R>
 __attribute__((noinline)) void tile(const T* a, const T* b, const Walk* walk, SumScalar<T>* c, bool add) {
   typedef Arithmetic<T> A;
   constexpr int W = Lanes<Sum<T>>::count;
+  const std::int64_t row = Row ? Row : walk->row;
   Sum<T> sums[R][V];
 #pragma GCC unroll 14
   for (int r = 0; r < R; ++r)
@@ -77,7 +90,7 @@ __attribute__((noinline)) void tile(const T* a, const T* b, const Walk* walk, Su
         for (int v = 0; v < V; ++v) std::memcpy(&factors[v], b + v * W * A::pair, sizeof factors[v]);
 #pragma GCC unroll 14
         for (int r = 0; r < R; ++r) {
-          const typename A::operand left = A::broadcast(x + r * Row);
+          const typename A::operand left = A::broadcast(x + r * row);
 #pragma GCC unroll 2
           for (int v = 0; v < V; ++v) sums[r][v] = A::multiply_add(left, factors[v], sums[r][v]);
         }
@@ -108,10 +121,12 @@ struct alignas(64) TileShapes {
   std::uint8_t rows[16];
 };
 
-// The product of two times 16 rows, or of 16, with a panel of 32 columns, 16 steps at a time.
+// The product of two times 16 rows, or of 16, with a panel of 32 columns, `turns` times 16 steps.
 template <bool Two>
-PYFACE_INLINE void tiles_of_amx(const bf16* a, const bf16* b, const Walk& walk, float* c, bool add) {
-  constexpr int kRow = kBlock * sizeof(bf16), kStep = 32 * 2 * sizeof(bf16), kSums = 32 * sizeof(float);
+PYFACE_INLINE void tiles_of_amx(const bf16* a, std::int64_t row, const bf16* b, std::int64_t turns, std::int64_t pitch,
+                                float* c, bool add) {
+  constexpr int kStep = 32 * 2 * sizeof(bf16), kSums = 32 * sizeof(float);
+  const std::int64_t row_bytes = row * (std::int64_t)sizeof(bf16);
   if (add) {
     _tile_loadd(0, c, kSums);
     _tile_loadd(1, c + 16, kSums);
@@ -123,14 +138,14 @@ PYFACE_INLINE void tiles_of_amx(const bf16* a, const bf16* b, const Walk& walk, 
     _tile_zero(2);
     _tile_zero(3);
   }
-  for (std::int64_t i = walk.blocks * walk.taps; i > 0; --i, a += walk.pitch, b += kBlock * 32) {
+  for (; turns > 0; --turns, a += pitch, b += kBlock * 32) {
     _tile_loadd(6, b, kStep);
-    _tile_loadd(4, a, kRow);
+    _tile_loadd(4, a, row_bytes);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, b + 32, kStep);
     _tile_dpbf16ps(1, 4, 7);
     if constexpr (Two) {
-      _tile_loadd(5, a + 16 * kBlock, kRow);
+      _tile_loadd(5, a + 16 * row, row_bytes);
       _tile_dpbf16ps(2, 5, 6);
       _tile_dpbf16ps(3, 5, 7);
     }
@@ -141,10 +156,10 @@ PYFACE_INLINE void tiles_of_amx(const bf16* a, const bf16* b, const Walk& walk, 
   if constexpr (Two) _tile_stored(3, c + 16 * 32 + 16, kSums);
 }
 
-// `multiply` for whole blocks. Rows behind the last one are computed too, from whatever lies there: there is room for them.
-__attribute__((noinline)) inline void multiply_amx(std::int64_t rows, std::int64_t vectors, const bf16* a, const bf16* b,
-                                                   std::int64_t b_panel, const Walk& walk, float* c, std::int64_t c_panel,
-                                                   bool add) {
+// `multiply` for steps in sixteens. Rows up to the next multiple of 16 are computed too, from whatever lies there.
+__attribute__((noinline)) inline void multiply_amx(std::int64_t rows, std::int64_t vectors, const bf16* a, std::int64_t row,
+                                                   const bf16* b, std::int64_t b_panel, std::int64_t turns,
+                                                   std::int64_t pitch, float* c, std::int64_t c_panel, bool add) {
   static_assert(kBlock == 16 && kPixels % 16 == 0 && kWide<bf16> == 32);
   TileShapes shapes{};
   shapes.palette = 1;
@@ -156,9 +171,9 @@ __attribute__((noinline)) inline void multiply_amx(std::int64_t rows, std::int64
   for (std::int64_t v = 0; v < vectors; v += kVectors, b += b_panel, c += c_panel)
     for (std::int64_t r = 0; r < rows; r += 32) {
       if (rows - r > 16)
-        tiles_of_amx<true>(a + r * kBlock, b, walk, c + r * 32, add);
+        tiles_of_amx<true>(a + r * row, row, b, turns, pitch, c + r * 32, add);
       else
-        tiles_of_amx<false>(a + r * kBlock, b, walk, c + r * 32, add);
+        tiles_of_amx<false>(a + r * row, row, b, turns, pitch, c + r * 32, add);
     }
   _tile_release();
 }
@@ -169,20 +184,28 @@ template <class T, int Row, int Step>
 void multiply(std::int64_t rows, std::int64_t vectors, const T* a, const T* b, std::int64_t b_panel, const Walk& walk,
               SumScalar<T>* c, std::int64_t c_panel, bool add) {
 #if defined(__AMX_BF16__)
-  if constexpr (std::is_same_v<T, bf16> && Row == kBlock) {
+  if constexpr (std::is_same_v<T, bf16> && Row == kBlock) {  // columns: there is room behind the last row
     bool whole = true;
     for (std::int64_t i = 0; i < walk.blocks; ++i) whole = whole && walk.counts[i] == kBlock;
-    if (whole) return multiply_amx(rows, vectors, a, b, b_panel, walk, c, c_panel, add);
+    if (whole) return multiply_amx(rows, vectors, a, Row, b, b_panel, walk.blocks * walk.taps, walk.pitch, c, c_panel, add);
+  }
+  if constexpr (std::is_same_v<T, bf16> && Row == 0) {  // the caller's weights: there is none
+    const std::int64_t most = rows / 16 * 16;
+    if (most && *walk.counts % kBlock == 0) {
+      multiply_amx(most, vectors, a, walk.row, b, b_panel, *walk.counts / kBlock, kBlock, c, c_panel, add);
+      if (most == rows) return;
+      rows -= most, a += most * walk.row, c += most * kWide<T>;
+    }
   }
 #endif
-  const std::int64_t tiles = ceil_div(rows, kRows<T>);
+  const std::int64_t tiles = ceil_div(rows, kRows<T>), row = Row ? Row : walk.row;
   for (std::int64_t v = 0; v < vectors; v += kVectors, b += b_panel, c += c_panel)
     for (std::int64_t i = 0; i < tiles; ++i) {  // of nearly equal sizes
       const std::int64_t r = rows * i / tiles, here = rows * (i + 1) / tiles - r;
       if (vectors - v >= kVectors)
-        tile_of<T, Row, Step, kVectors, kRows<T>>(here, a + r * Row, b, &walk, c + r * kWide<T>, add);
+        tile_of<T, Row, Step, kVectors, kRows<T>>(here, a + r * row, b, &walk, c + r * kWide<T>, add);
       else
-        tile_of<T, Row, Step, 1, kRows<T>>(here, a + r * Row, b, &walk, c + r * kWide<T>, add);
+        tile_of<T, Row, Step, 1, kRows<T>>(here, a + r * row, b, &walk, c + r * kWide<T>, add);
     }
 }
 
@@ -235,8 +258,8 @@ void take_pixels(const DeformConvShape& s, const X* from, const std::int64_t str
           put(to + (first + p) * pitch + c, load_some(line + p * strides[3] + c, 1, channels - c));
       return;
     }
-    for (std::int64_t p = 0; p < count; p += W)
-      for (std::int64_t c = 0; c < channels; c += W) {
+    for (std::int64_t c = 0; c < channels; c += W)
+      for (std::int64_t p = 0; p < count; p += W) {
         V v[W];
         for (int i = 0; i < W; ++i)
           v[i] = c + i < channels ? load_some(line + (c + i) * strides[1] + p * strides[3], strides[3], count - p) : V{};
@@ -381,7 +404,6 @@ struct Block {
 template <class X, class T>
 struct Forward {
   typedef typename Storage<X>::compute C;
-  static constexpr bool kRound = sizeof(T) > sizeof(X);  // products of bf16 numbers, in float
 
   std::int64_t taps, pixels;              // of the kernel; of a result
   std::int64_t inputs, outputs;           // of a weight group
@@ -390,7 +412,8 @@ struct Forward {
   std::int64_t group_panels, stage_panels;  // of a weight group; packed at a time
   std::int64_t images;                    // copied at a time, 0: none is
   std::int64_t pitch;                     // of a pixel of an image
-  bool few;                               // pixels
+  bool few, as_they_lie;                  // pixels; how the weights are read otherwise
+  bool copied;                            // some rows at a time, to widen them or to fill up their last pair
 
   Block* blocks;
   std::int64_t* counts;  // channels of the blocks
@@ -403,9 +426,11 @@ struct Forward {
   // for every share:
   std::int64_t shares;
   Taps<C>* located;
-  T** columns;           // [block][tap][kPixels][kBlock]
-  Sum<T>** rows;         // a block's weights for one vector of outputs, [channel][tap]
-  SumScalar<T>** sums;   // [panel][kPixels][kWide]
+  T** columns;           // [block][tap][kPixels][kBlock]; turned: [panel][step / pair][kWide][pair]
+  SumScalar<T>** sampled;  // before it is turned: [tap][kPixels][kBlock]
+  Sum<T>** rows;         // of a block, [channel][tap]: its weights for a vector of outputs, its columns for one of pixels
+  T** copy;              // of weights: [row][step]
+  SumScalar<T>** sums;   // [panel][kPixels][kWide]; turned: [panel][output][kWide]
   std::int64_t bytes;
 };
 
@@ -431,16 +456,20 @@ Forward<X, T> plan_forward(const DeformConv& a, void* scratch, int threads) {
   F f;
   f.taps = s.kernel[0] * s.kernel[1], f.pixels = s.out_height * s.out_width;
   f.inputs = s.channels / s.groups, f.outputs = s.outs / s.groups;
-  f.few = s.batch * f.pixels <= kFewPixels;
 
   f.block_count = 0, f.steps = 0;
-  bool whole = true;  // every block has kBlock channels
-  std::int64_t steps = 0, group_now = 0;
+  bool whole = true;   // every block has kBlock channels
+  bool paired = true;  // no pair of steps, in the weights' order, lies across two blocks
+  std::int64_t steps = 0, group_now = 0, lone = 0;
   for_each_block(s, kBlock, [&](std::int64_t, std::int64_t count, std::int64_t, std::int64_t group) {
-    if (group != group_now) group_now = group, steps = 0;
+    if (group != group_now) group_now = group, steps = lone = 0;
+    paired = paired && !lone, lone = count * f.taps % pair;
     ++f.block_count, steps += ceil_div(count, pair) * f.taps, whole = whole && count == kBlock;
     f.steps = larger(f.steps, steps);
   });
+  f.few = s.batch * f.pixels <= kFewPixels;
+  f.as_they_lie = !f.few && paired && s.batch * f.pixels <= kTurned * f.outputs;
+  f.copied = !std::is_same_v<X, T> || f.inputs * f.taps % pair;
   f.blocks = carver.take<Block>(f.block_count);
   f.counts = carver.take<std::int64_t>(f.block_count);
   f.starts = carver.take<std::int64_t>(s.groups + 1);
@@ -473,7 +502,7 @@ Forward<X, T> plan_forward(const DeformConv& a, void* scratch, int threads) {
     f.row = round_up(f.inputs * f.taps, Lanes<Sum<T>>::count * pair);
     f.natural = carver.take<T>(s.groups * s.batch * f.pixels * f.row);
     f.chunk_blocks = 1;
-  } else {
+  } else if (!f.as_they_lie) {
     const std::int64_t panel = f.steps * kWide<T> * pair * (std::int64_t)sizeof(T), panels = s.groups * f.group_panels;
     const std::int64_t stages = ceil_div(panels, larger(threads * kWeightBytes / panel, 1));
     f.stage_panels = ceil_div(panels, stages);
@@ -482,15 +511,22 @@ Forward<X, T> plan_forward(const DeformConv& a, void* scratch, int threads) {
   f.shares = threads;
   f.located = carver.take<Taps<typename F::C>>(f.shares);
   f.columns = carver.take<T*>(f.shares);
+  f.sampled = carver.take<SumScalar<T>*>(f.shares);
   f.rows = carver.take<Sum<T>*>(f.shares);
+  f.copy = carver.take<T*>(f.shares);
   f.sums = carver.take<SumScalar<T>*>(f.shares);
+  const std::int64_t block = f.taps * kBlock, wide = round_up(smaller(kPixels, s.batch * f.pixels), kWide<T>);
   for (std::int64_t i = 0; i < f.shares; ++i) {
     const auto taps = take_taps<typename F::C>(carver, f.taps, false);
-    T* const columns = carver.take<T>(f.chunk_blocks * f.taps * kPixels * kBlock);
-    Sum<T>* const rows = carver.take<Sum<T>>(f.few ? 0 : round_up(kBlock * f.taps, Lanes<Sum<T>>::count));
-    SumScalar<T>* const sums =
-        carver.take<SumScalar<T>>(smaller(f.stage_panels, f.group_panels) * kPixels * kWide<T>);
-    if (scratch) f.located[i] = taps, f.columns[i] = columns, f.rows[i] = rows, f.sums[i] = sums;
+    T* const columns = carver.take<T>(f.chunk_blocks * block * (f.as_they_lie ? wide : kPixels));
+    auto* const sampled = carver.take<SumScalar<T>>(f.as_they_lie ? block * kPixels : 0);
+    Sum<T>* const rows = carver.take<Sum<T>>(round_up(block, Lanes<Sum<T>>::count) + 1);
+    T* const copy = carver.take<T>(f.as_they_lie && f.copied ? kTogether<T> * (f.chunk_blocks * block + pair) : 0);
+    auto* const sums = carver.take<SumScalar<T>>(
+        f.as_they_lie ? f.outputs * wide : smaller(f.stage_panels, f.group_panels) * kPixels * kWide<T>);
+    if (!scratch) continue;
+    f.located[i] = taps, f.columns[i] = columns, f.sampled[i] = sampled, f.rows[i] = rows, f.copy[i] = copy;
+    f.sums[i] = sums;
   }
   f.bytes = carver.used;
   return f;
@@ -545,9 +581,9 @@ void pack_panel(const DeformConv& a, const Forward<X, T>& f, std::int64_t panel,
 
 // Samples neighbouring blocks, `from` being the first channel of the image's first pixel. Where a count is odd and products
 // take pairs, the column behind it becomes zero.
-template <class X, class T>
+template <class X, class T, class D>
 void sample(const Forward<X, T>& f, const X* from, std::int64_t outside, const Taps<typename Storage<X>::compute>& taps,
-            std::int64_t pixels, const std::int64_t* counts, std::int64_t blocks, T* to) {
+            std::int64_t pixels, const std::int64_t* counts, std::int64_t blocks, D* to) {
   typedef typename Storage<X>::vector V;
   constexpr int W = Lanes<V>::count;
   // All taps of a few neighbours before the next ones: what they read stays in the first cache.
@@ -562,20 +598,20 @@ void sample(const Forward<X, T>& f, const X* from, std::int64_t outside, const T
           corner[i] = at == outside ? f.zeros : from + at * f.pitch;
           w[i] = splat<V>(taps.weight[(k * 4 + i) * kPixels + p]);
         }
-        T* here = to + (k * kPixels + p) * kBlock;
+        D* here = to + (k * kPixels + p) * kBlock;
         for (std::int64_t c = 0; c < blocks * kBlock; here += f.taps * kPixels * kBlock)
 #pragma GCC unroll 4
           for (int v = 0; v < kBlock / W; ++v, c += W) {
             const V s = load(corner[0] + c) * w[0] + load(corner[1] + c) * w[1] + load(corner[2] + c) * w[2] +
                         load(corner[3] + c) * w[3];
-            Arithmetic<T>::store_factors(here + v * W, Forward<X, T>::kRound ? rounded(s) : s);
+            Arithmetic<D>::store_factors(here + v * W, sizeof(D) > sizeof(X) ? rounded(s) : s);  // bf16 numbers in float
           }
       }
-  if constexpr (Arithmetic<T>::pair > 1)
+  if constexpr (Arithmetic<D>::pair > 1)
     for (std::int64_t b = 0; b < blocks; ++b)
-      if (counts[b] % Arithmetic<T>::pair)
+      if (counts[b] % Arithmetic<D>::pair)
         for (std::int64_t k = 0; k < f.taps; ++k)
-          for (std::int64_t p = 0; p < pixels; ++p) to[((b * f.taps + k) * kPixels + p) * kBlock + counts[b]] = T{};
+          for (std::int64_t p = 0; p < pixels; ++p) to[((b * f.taps + k) * kPixels + p) * kBlock + counts[b]] = D{};
 }
 
 // The sums of a tile, with the bias, into the result.
@@ -633,7 +669,7 @@ void run_tile(const DeformConv& a, const Forward<X, T>& f, const X* from, std::i
                columns + (b - b0) * f.taps * kPixels * kBlock);
         b = next;
       }
-      const Walk walk{f.counts + b0, b1 - b0, f.taps, kPixels * kBlock};
+      const Walk walk{f.counts + b0, b1 - b0, f.taps, kPixels * kBlock, 0};
       multiply<T, kBlock, 1>(pixels, ceil_div(outs, Lanes<Sum<T>>::count), columns, weights,
                              f.steps * kWide<T> * pair, walk, f.sums[share], kPixels * kWide<T>, chunk > 0);
       weights += steps * kWide<T> * pair;
@@ -826,6 +862,152 @@ void run_few(const DeformConv& a, const Forward<X, T>& f, int threads) {
   });
 }
 
+// ---- forward with the weights as they lie ---------------------------------------------------------------------------
+
+// The columns of a block, turned: `first` is its first step's place among those of the chunk.
+template <class X, class T>
+void turn(const Forward<X, T>& f, std::int64_t share, std::int64_t pixels, std::int64_t count, std::int64_t first,
+          std::int64_t chunk_steps) {
+  typedef Arithmetic<T> A;
+  constexpr int W = Lanes<Sum<T>>::count;
+  Sum<T>* const rows = f.rows[share];
+  const std::int64_t steps = count * f.taps;
+  rows[steps] = Sum<T>{};  // the partner of a last step
+  for (std::int64_t p = 0; p < pixels; p += W) {
+    for (std::int64_t k = 0; k < f.taps; ++k) {
+      const SumScalar<T>* const from = f.sampled[share] + (k * kPixels + p) * kBlock;
+      for (std::int64_t c = 0; c < count; c += W) {
+        Sum<T> v[W];
+        for (int i = 0; i < W; ++i) v[i] = p + i < pixels ? load(from + i * kBlock + c) : Sum<T>{};
+        transpose(v);
+        for (int i = 0; i < W && c + i < count; ++i) rows[(c + i) * f.taps + k] = v[i];
+      }
+    }
+    T* const to = f.columns[share] + (p / kWide<T> * chunk_steps + first) * kWide<T> + p % kWide<T> * A::pair;
+    for (std::int64_t t = 0; t < steps; t += A::pair) {
+      const typename A::operand joined = A::join(rows + t);
+      std::memcpy(to + t * kWide<T>, &joined, sizeof joined);
+    }
+  }
+}
+
+// The sums of some pixels of an image, with the bias, into the result: `at` is the first one's place in the tile.
+template <class X, class T>
+void give_turned(const DeformConv& a, const Forward<X, T>& f, std::int64_t image, std::int64_t first, std::int64_t pixels,
+                 std::int64_t at, std::int64_t out, std::int64_t outs, const SumScalar<T>* sums) {
+  constexpr int W = Lanes<Sum<T>>::count;
+  auto sum = [&](std::int64_t p, std::int64_t o) {
+    return sums + ((at + p) / kWide<T> * outs + o) * kWide<T> + (at + p) % kWide<T>;
+  };
+  auto bias = [&](std::int64_t o) { return a.bias ? (SumScalar<T>)widen(((const X*)a.bias)[out + o]) : 0; };
+  if (a.out_channels_last) {
+    X* const to = (X*)a.out + (image * f.pixels + first) * a.shape.outs + out;
+    for (std::int64_t p = 0; p < pixels; ++p)
+      for (std::int64_t o = 0; o < outs; o += W) {
+        Sum<T> v{};
+        for (int i = 0; i < W && o + i < outs; ++i) v[i] = *sum(p, o + i) + bias(o + i);
+        store_some(to + p * a.shape.outs + o, 1, outs - o, v);
+      }
+    return;
+  }
+  for (std::int64_t o = 0; o < outs; ++o) {
+    X* const to = (X*)a.out + (image * a.shape.outs + out + o) * f.pixels + first;
+    for (std::int64_t p = 0, here; p < pixels; p += here) {
+      here = smaller(W, smaller(pixels - p, kWide<T> - (at + p) % kWide<T>));
+      store_some(to + p, 1, here, load_some(sum(p, o), 1, here) + splat<Sum<T>>(bias(o)));
+    }
+  }
+}
+
+// Pixels first .. first + pixels, counted through the images from `image` on, and some outputs of a weight group.
+template <class X, class T>
+void run_turned(const DeformConv& a, const Forward<X, T>& f, const X* images, std::int64_t image_size, std::int64_t image,
+                std::int64_t first, std::int64_t pixels, std::int64_t group, std::int64_t low, std::int64_t outs,
+                std::int64_t share) {
+  const DeformConvShape& s = a.shape;
+  const auto& taps = f.located[share];
+  const std::int64_t start = f.starts[group], blocks = f.starts[group + 1] - start, length = f.inputs * f.taps;
+  const std::int64_t chunks = ceil_div(blocks, f.chunk_blocks), vectors = ceil_div(pixels, Lanes<Sum<T>>::count);
+  SumScalar<T>* const sums = f.sums[share];
+  auto for_each_part = [&](auto each) {  // (image, first pixel, pixels, place in the tile)
+    for (std::int64_t p = 0, here; p < pixels; p += here) {
+      const std::int64_t in_image = (first + p) % f.pixels;
+      here = smaller(pixels - p, f.pixels - in_image);
+      each((first + p) / f.pixels, in_image, here, p);
+    }
+  };
+  std::int64_t located_image = -1, located_group = -1;
+  for (std::int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const std::int64_t b0 = start + blocks * chunk / chunks, b1 = start + blocks * (chunk + 1) / chunks;
+    std::int64_t steps = 0;
+    for (std::int64_t b = b0; b < b1; ++b) steps += f.counts[b] * f.taps;
+    const std::int64_t filled = round_up(steps, Arithmetic<T>::pair);
+    for (std::int64_t b = b0, step = 0; b < b1; step += f.counts[b++] * f.taps) {
+      for_each_part([&](std::int64_t i, std::int64_t p, std::int64_t count, std::int64_t at) {
+        if (i != located_image || f.blocks[b].offset_group != located_group) {
+          located_image = i, located_group = f.blocks[b].offset_group;
+          begin_tile(s, p, count, taps);
+          locate_group(a, image + i, located_group, p, count, taps);
+        }
+        sample(f, images + i * image_size + f.blocks[b].first, s.height * s.width, taps, count, f.counts + b, 1,
+               f.sampled[share] + at * kBlock);
+      });
+      turn(f, share, pixels, f.counts[b], step, filled);
+    }
+    const std::int64_t from = (f.blocks[b0].first - group * f.inputs) * f.taps;
+    const X* const weights = (const X*)a.weight + (group * f.outputs + low) * length + from;
+    for (std::int64_t r = 0; r < outs; r += kTogether<T>) {
+      const std::int64_t rows = smaller(kTogether<T>, outs - r);
+      const T* left = f.copy[share];
+      if (f.copied) {
+        for (std::int64_t i = 0; i < rows; ++i)
+          for (std::int64_t t = 0; t < filled; ++t) {
+            T& to = f.copy[share][i * filled + t];
+            if constexpr (std::is_same_v<X, T>)
+              to = t < steps ? weights[(r + i) * length + t] : T{};
+            else
+              to = t < steps ? widen(weights[(r + i) * length + t]) : 0;
+          }
+      } else if constexpr (std::is_same_v<X, T>) {
+        left = weights + r * length;
+      }
+      const Walk walk{&filled, 1, 1, 0, f.copied ? filled : length};
+      multiply<T, 0, 1>(rows, vectors, left, f.columns[share], filled * kWide<T>, walk, sums + r * kWide<T>,
+                        outs * kWide<T>, chunk > 0);
+    }
+  }
+  for_each_part([&](std::int64_t i, std::int64_t p, std::int64_t count, std::int64_t at) {
+    give_turned(a, f, image + i, p, count, at, group * f.outputs + low, outs, sums);
+  });
+}
+
+template <class X, class T>
+void run_as_they_lie(const DeformConv& a, const Forward<X, T>& f, int threads) {
+  const DeformConvShape& s = a.shape;
+  const std::int64_t image_size = f.images ? s.height * s.width * f.pitch : a.input_strides[0];
+  const std::int64_t together = f.images ? f.images : s.batch;
+  for (std::int64_t image = 0; image < s.batch; image += together) {
+    const std::int64_t images = smaller(together, s.batch - image), pixels = images * f.pixels;
+    if (f.images) copy_images(a, f, image, images, threads);
+    const X* const from = f.images ? f.copies : (const X*)a.input + image * image_size;
+    // A result's bits depend neither on its tile nor on its part: there may be as many as the threads like.
+    std::int64_t tiles = ceil_div(pixels, kPixels);
+    while (tiles % threads && (tiles + 1) * kLeastPixels <= pixels) ++tiles;
+    const std::int64_t panels = ceil_div(pixels, kWide<T>);
+    const std::int64_t parts = smaller(ceil_div(threads, s.groups * tiles), f.outputs), tasks = s.groups * tiles * parts;
+    parallel_for(threads, f.shares, [&](std::int64_t share, std::int64_t last) {
+      for (; share < last; ++share)
+        for (std::int64_t t = tasks * share / f.shares; t < tasks * (share + 1) / f.shares; ++t) {
+          const std::int64_t part = t % parts, tile = t / parts % tiles, group = t / parts / tiles;
+          const std::int64_t p = panels * tile / tiles * kWide<T>;
+          const std::int64_t end = smaller(panels * (tile + 1) / tiles * kWide<T>, pixels);
+          const std::int64_t low = f.outputs * part / parts, high = f.outputs * (part + 1) / parts;
+          run_turned(a, f, from, image_size, image, p, end - p, group, low, high - low, share);
+        }
+    });
+  }
+}
+
 // How many threads a call is worth.
 int team(const DeformConvShape& s, int threads) {
   const std::int64_t products = s.batch * s.out_height * s.out_width * s.outs * (s.channels / s.groups);
@@ -836,7 +1018,7 @@ template <class X, class T>
 void run_forward(const DeformConv& a, void* scratch, int threads) {
   const Forward<X, T> f = plan_forward<X, T>(a, scratch, threads);
   std::memset((void*)f.zeros, 0, (round_up(a.shape.channels, kBlock) + kBlock) * sizeof(X));
-  (f.few ? run_few<X, T> : run_many<X, T>)(a, f, threads);
+  (f.few ? run_few<X, T> : f.as_they_lie ? run_as_they_lie<X, T> : run_many<X, T>)(a, f, threads);
 }
 
 // ---- backward: how the work is cut ----------------------------------------------------------------------------------
@@ -1076,14 +1258,14 @@ void run_chunk(const DeformConvBackward& a, const Backward<C>& b, const Chunk& c
       for (std::int64_t p = 0; p < pixels; p += W)
         store(share.grad_out + o * kPixels + p, load_some(grads + o * b.pixels + p, 1, pixels - p));
     if (b.wants_columns_gradient) {
-      const Walk outs{&b.outputs, 1, 1, 0};
+      const Walk outs{&b.outputs, 1, 1, 0, 0};
       multiply<C, 1, kPixels>(pixels, vectors, share.grad_out, share.weights, b.outputs * kWide<C>, outs,
                               share.grad_columns, kPixels * kWide<C>, false);
     }
     sample_back_as<C>(dots, a.grad_input != nullptr, a.grad_weight != nullptr, b, share, wide, pixels, first, add_partial,
                       partial);
     if (a.grad_weight) {
-      const Walk steps{&pixels, 1, 1, 0};
+      const Walk steps{&pixels, 1, 1, 0, 0};
       multiply<C, kPixels, 1>(b.outputs, vectors, share.grad_out, share.columns, kPixels * kWide<C>, steps, sums,
                               b.outputs * kWide<C>, add_sums || tile > 0);
     }

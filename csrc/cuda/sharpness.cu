@@ -18,7 +18,7 @@ namespace {
 
 // Tensors in one launch: arguments may take 4 KB, from CUDA 12.1 on 32 KB.
 #ifdef PYFACE_SMALL_LAUNCHES  // tests: short lists and small tensors already need several launches, blocks and chunks
-constexpr int kTensors = 3, kThreads = 128, kChunk = 2048;
+constexpr int kTensors = 6, kThreads = 128, kChunk = 2048;
 #elif CUDART_VERSION >= 12010
 constexpr int kTensors = 256, kThreads = 512, kChunk = 32768;  // a chunk's size is in elements
 #else

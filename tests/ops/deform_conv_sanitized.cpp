@@ -32,7 +32,7 @@ bool run_case(int number) {
   const DType types[] = {DType::f32, DType::f64, DType::bf16};
   const DType type = types[number % 3], offset_type = type == DType::bf16 && pick(0, 1) ? DType::f32 : type;
   const long groups = pick(1, 3), offset_groups = pick(0, 1) ? groups : pick(1, 3);
-  const long channels = groups * offset_groups * pick(1, number % 4 ? 8 : 40), outs = groups * pick(1, 20);
+  const long channels = groups * offset_groups * pick(1, number % 4 ? 8 : 40), outs = groups * pick(1, number % 5 ? 20 : 120);
   const long batch = pick(1, 3), kh = pick(1, 3), kw = pick(1, 3), sh = pick(1, 2), sw = pick(1, 2), ph = pick(0, 2),
              pw = pick(0, 2), dh = pick(1, 2), dw = pick(1, 2);
   const long height = dh * (kh - 1) + pick(1, number % 2 ? 4 : 14), width = dw * (kw - 1) + pick(1, number % 2 ? 4 : 14);

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
+import subprocess
+import sys
 import warnings
 from pathlib import Path
 
@@ -35,6 +37,11 @@ SHAPES = [  # images, channels, outputs, weight groups, offset groups, kernel, s
     (1, 3, 2, 1, 3, (1, 7), (1, 1), (0, 3), (1, 1), 12, 10),
     (33, 5, 3, 1, 5, (5, 5), (2, 2), (2, 2), (1, 1), 7, 7),
     (1, 100, 70, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1), 12, 12),  # two chunks of columns
+    # fewer pixels than weights: these are read as they lie
+    (2, 200, 90, 1, 2, (3, 3), (1, 1), (1, 1), (1, 1), 9, 8),  # a tile of two images, three chunks
+    (3, 40, 80, 2, 2, (3, 3), (1, 1), (1, 1), (1, 1), 5, 5),
+    (2, 33, 60, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1), 7, 7),  # an odd number of products
+    (1, 32, 100, 1, 1, (3, 3), (2, 2), (1, 1), (1, 1), 8, 7),
 ]
 
 
@@ -370,7 +377,8 @@ def test_only_the_gradients_asked_for(monkeypatch, few):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 def test_bits_do_not_depend_on_threads_or_luck(isa, dtype):
     threads = torch.get_num_threads()
-    for shape in (SHAPES[3], SHAPES[1], SHAPES[4], (5, 40, 24, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1), 17, 9)):
+    odd = (5, 40, 24, 1, 1, (3, 3), (1, 1), (1, 1), (1, 1), 17, 9)
+    for shape in (SHAPES[3], SHAPES[1], SHAPES[4], SHAPES[10], odd):
         tensors, geometry = sample(shape, dtype)
         expected = grads_of(ours, tensors, geometry)
         try:
@@ -636,6 +644,71 @@ def test_exports():
 
 
 # ---- the core by itself ---------------------------------------------------------------------------------------------
+
+
+MEASURE_MEMORY = """
+import ctypes, gc, sys
+from pathlib import Path
+import torch
+from pyface.ops import deform_conv2d
+
+def resident(name):
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(name + ":"))
+
+def tensors(n, c, o, side, groups, last):
+    x = torch.randn(n, c, side, side).to(memory_format=torch.channels_last if last else torch.contiguous_format)
+    offset, mask = torch.randn(n, 18 * groups, side, side), torch.rand(n, 9 * groups, side, side)
+    return [t.requires_grad_() for t in (x, offset, torch.randn(o, c, 3, 3), mask)]
+
+def gradients(found, grad):
+    x, offset, weight, mask = found
+    out = deform_conv2d(x, offset, weight, padding=1, mask=mask)
+    clear()
+    return torch.autograd.grad(out, found, grad)
+
+def forward(found, grad):
+    x, offset, weight, mask = found
+    with torch.no_grad():
+        clear()
+        return [deform_conv2d(x, offset, weight, padding=1, mask=mask)]
+
+def clear():
+    global before
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+
+ctypes.CDLL(None).mallopt(-3, 64 * 1024)  # M_MMAP_THRESHOLD: what is freed leaves at once
+torch.set_num_threads(int(sys.argv[1]))
+call = gradients if sys.argv[2] == "backward" else forward
+call(tensors(1, 16, 16, 4, 1, False), torch.ones(1, 16, 4, 4))  # what happens once; a work buffer is small here
+n, c, o, side, groups, last = map(int, sys.argv[3:])
+found, grad = tensors(n, c, o, side, groups, last), torch.ones(n, o, side, side)
+results = call(found, grad)
+print(resident("VmHWM") - before - sum(t.nbytes for t in results))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="measures memory as Linux counts it")
+@pytest.mark.parametrize(
+    ("what", "threads", "shape", "last"),
+    [
+        ("forward", 2, (1, 256, 256, 64, 1), False),
+        ("forward", 1, (1, 512, 512, 32, 1), True),
+        ("forward", 2, (4, 1024, 512, 4, 2), False),
+        ("backward", 2, (8, 64, 64, 64, 1), False),
+    ],
+    ids=lambda value: str(value).replace(" ", ""),
+)
+def test_memory_beside_the_results(what, threads, shape, last):
+    """At most 4 MiB for each thread, columns, packed weights and the copy of an image that is not channels_last."""
+    command = [sys.executable, "-c", MEASURE_MEMORY, str(threads), what, *map(str, shape), str(int(last))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    slack = 1 << 20  # the measure is this coarse
+    assert int(done.stdout) <= threads * (4 << 20) + slack, f"{int(done.stdout) / 2**20:.1f} MiB"
 
 
 def test_core_under_sanitizers(sanitized):
