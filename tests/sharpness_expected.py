@@ -58,6 +58,8 @@ STEPS = {
     "momentum": {"momentum": 0.9, "dampening": 0.1, "weight_decay": 0.02},
     "nesterov": {"momentum": 0.9, "nesterov": True, "maximize": True},
 }
+# Every rule and every kind of step; one does not look at the other.
+RULES_AND_STEPS = [*((*rule, "momentum") for rule in RULES), *(("gsam", {"alpha": 0.4}, step) for step in STEPS)]
 _SGD = {
     "lr": 0.1, "momentum": 0.0, "dampening": 0.0, "weight_decay": 0.0, "nesterov": False, "maximize": False,
     "first": False,

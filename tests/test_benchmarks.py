@@ -310,6 +310,7 @@ def test_sharpness_peers_agree():
         (ascend, sharpness.plain_ascent),
         (ascend, sharpness.foreach_ascent),
         (gsam, lambda t: sharpness.gsam_combine(t.xs, t.ys)),
+        (gsam, lambda t: sharpness.foreach_gsam(t.xs, t.ys)),
         (gsam, lambda t: sharpness.foreach_combine(t.xs, t.ys)),
         (gsam, lambda t: sharpness.closed_form(t.xs, t.ys)),
         (gsam, lambda t: sharpness.closed_form_(t.xs, t.ys)),

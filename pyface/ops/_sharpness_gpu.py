@@ -19,7 +19,8 @@ class Cuda(Compiled):
 
     def call(self, name, read, some, *arguments):
         if name == "sums":
-            arguments += (some.new_empty(self.module.sharpness_scratch(read), dtype=torch.uint8),)
+            scratch = some.new_empty(self.module.sharpness_scratch(read), dtype=torch.uint8)
+            arguments += (scratch.data_ptr(),)
         super().call(name, read, some, *arguments)
 
 

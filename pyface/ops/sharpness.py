@@ -203,10 +203,10 @@ class Compiled(Listed):
     def run(self, name, lists, *arguments):
         self.call(name, self.module.SharpnessLists(table(lists)), next(filter(None, lists))[0], *arguments)
 
-    def call(self, name: str, read, some: Tensor, *arguments) -> None:
+    def call(self, name: str, read, some: Tensor, sums: Tensor | None = None, nonfinite=None, *others) -> None:
         """Runs a pass over lists that were read, of which `some` tensor is one."""
-        arguments = [a.data_ptr() if isinstance(a, Tensor) else a for a in arguments]
-        self.passes[name](read, *arguments, *self.where(some))
+        addresses = () if sums is None else (sums.data_ptr(), nonfinite.data_ptr())
+        self.passes[name](read, *addresses, *others, *self.where(some))
 
 
 class _Cpu(Compiled):
@@ -301,8 +301,8 @@ def _ran(path: str | None, name: str, lists, some: Tensor, *arguments) -> bool:
 
     arguments: sums and flags, if the pass takes any, then the rest.
     """
-    device = some.device.type
-    core = _compiled(device) if path in (None, device) else None
+    device = "cpu" if some.is_cpu else some.device.type
+    core = _compiled(device) if path is None or path == device else None
     if core is None:
         return False
     read = core.read(lists, *(arguments[:2] or (None, None)))
@@ -357,7 +357,13 @@ def _dots_fake(xs, ys, path):
     return _norm_fake(ys, None, 0.0, path)
 
 
+def _check_rhos(rhos, weights):
+    if len(rhos) != len(weights):
+        raise ValueError(f"perturb_: rho must be one number or one per tensor ({len(weights)}), got {len(rhos)}")
+
+
 def _perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
+    _check_rhos(rho, weights)
     _check("perturb_", weights=weights, saved=saved, ys=ys)
     _check_types("perturb_", weights, saved)
     _check_sums("perturb_", len(ys), sums, nonfinite)
@@ -530,8 +536,7 @@ def perturb_(
         eta: not None: the ascent of ASAM, y times (|w| + eta)²; `sums` must then be taken with the weights.
     """
     rhos = [float(rho)] * len(weights) if isinstance(rho, int | float) else list(map(float, rho))
-    if len(rhos) != len(weights):
-        raise ValueError(f"perturb_: rho must be one number or one per tensor ({len(weights)}), got {len(rhos)}")
+    _check_rhos(rhos, weights)
     if not all(0 <= r < float("inf") for r in set(rhos)):
         raise ValueError(f"perturb_: rho must be finite and not negative, got {rho}")
     _perturb_op(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -14,6 +15,23 @@ from torch.optim import optimizer as torch_optimizer
 from pyface.errors import UserError
 from pyface.ops import multi_combine_, multi_dots, multi_norm, multi_step_, perturb_, restore_
 from pyface.ops.sharpness import Sums
+
+
+class _Place:
+    """A parameter and what is kept for it: a copy of the weight, always in the same memory, and the first gradient."""
+
+    __slots__ = ("first", "moved", "param", "saved")
+
+    def __init__(self, param: Tensor):
+        self.param, self.moved = param, False
+        self.saved: Tensor | None = None
+        self.first: Tensor | None = None
+
+    def copy(self) -> Tensor:
+        kept, p = self.saved, self.param
+        if kept is None or kept.dtype != p.dtype or kept.shape != p.shape or kept.device != p.device:
+            kept = self.saved = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
+        return kept
 
 
 class SAM(Optimizer):
@@ -60,9 +78,8 @@ class SAM(Optimizer):
     ):
         self.rule_parameters = {}
         self._skips: Tensor | None = None
-        self._saved: dict[Tensor, Tensor] = {}  # memory of the weights' copies, kept from step to step
-        self._moved: list[Tensor] | None = None  # parameters between the two passes
-        self._first: dict[Tensor, Tensor] = {}
+        self._placed: list[tuple[list[Tensor], list[_Place]]] = []  # of each group
+        self._moved: list[_Place] | None = None  # what the first pass moved, until the second
         self._nonfinite: Tensor | None = None
         super().__init__(params, {"rho": rho})
         self.base_optimizer = base_optimizer(self.param_groups, **base_arguments)
@@ -83,9 +100,23 @@ class SAM(Optimizer):
 
     # ---- the two passes ---------------------------------------------------------------------------------------------
 
-    def _ascent(self, params: list[Tensor]) -> list[Tensor]:
-        """Along what the weights move; the first gradient."""
-        return [self._first[p] for p in params]
+    def _places(self) -> list[list[_Place]]:
+        """Of each group; made anew when the groups' parameters are others."""
+        groups, placed = self.param_groups, self._placed
+        if len(placed) != len(groups) or not all(
+            len(params) == len(group["params"]) and all(map(operator.is_, params, group["params"]))
+            for (params, _), group in zip(placed, groups, strict=True)
+        ):
+            known = {place.param: place for _, places in placed for place in places}
+            self._placed = [
+                (list(group["params"]), [known.get(p) or _Place(p) for p in dict.fromkeys(group["params"])])
+                for group in groups
+            ]
+        return [places for _, places in self._placed]
+
+    def _ascent(self, params: list[Tensor], ys: list[Tensor]) -> list[Tensor]:
+        """Along what the weights move."""
+        return ys
 
     def _eta(self) -> float | None:
         return None
@@ -102,43 +133,40 @@ class SAM(Optimizer):
         if self._moved is not None:
             raise UserError(f"{type(self).__name__}: first_step was called twice without a second_step between")
         self._scale = 1.0 if scaler is None else scaler.get_scale()
-        found, rhos = {}, []
-        for group in self.param_groups:
-            mine = {p: g for p in group["params"] if (g := p.grad) is not None}
-            found |= mine
+        moved, rhos = [], []
+        for group, places in zip(self.param_groups, self._places(), strict=True):
+            mine = [place for place in places if place.param.grad is not None]
+            moved += mine
             rhos += [group["rho"]] * len(mine)
-        params = list(found)
-        if not params:
+        if not moved:
             raise UserError(
                 f"{type(self).__name__}: no parameter has a gradient; call loss.backward() before the step, "
                 "the closure only computes the second gradients"
             )
+        params = [place.param for place in moved]
         # A view (DDP's bucket) is written again by the second backward pass.
-        self._first = {p: g.clone() if g.layout == torch.strided and g._is_view() else g for p, g in found.items()}
-        directions, eta = self._ascent(params), self._eta()
+        ys = [g.clone() if (g := p.grad).layout == torch.strided and g._is_view() else g for p in params]
+        directions, eta = self._ascent(params, ys), self._eta()
         sums = multi_norm(directions) if eta is None else multi_norm(directions, weights=params, eta=eta)
-        saved = [self._copy_of(p) for p in params]
+        saved = [place.copy() for place in moved]
         perturb_(params, directions, saved, sums, rhos, eta=eta, shrink=self.shrink / self._scale)
-        self._nonfinite = sums.nonfinite
-        self._moved = params
-        if self.rule == "second":
-            self._first = {}
-        for p in params:
-            p.grad = None
-
-    def _copy_of(self, p: Tensor) -> Tensor:
-        """Where the weight is kept between the passes: the same memory in every step."""
-        kept = self._saved.get(p)
-        if kept is None or kept.dtype != p.dtype or kept.shape != p.shape or kept.device != p.device:
-            kept = self._saved[p] = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
-        return kept
+        self._nonfinite, self._moved = sums.nonfinite, moved
+        for place, y in zip(moved, ys, strict=True):
+            place.moved = True
+            place.first = None if self.rule == "second" else y
+            place.param.grad = None
 
     @torch.no_grad()
     def restore(self) -> None:
         """Give the weights the bits they had before ``first_step``, and forget the first gradients."""
-        if self._moved is not None:
-            restore_(self._moved, [self._saved[p] for p in self._moved])
-        self._moved, self._first = None, {}
+        if self._moved:
+            restore_([place.param for place in self._moved], [place.saved for place in self._moved])
+        self._forget()
+
+    def _forget(self) -> None:
+        for place in self._moved or ():
+            place.moved, place.first = False, None
+        self._moved = None
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False, *, scaler: torch.amp.GradScaler | None = None) -> None:
@@ -148,33 +176,41 @@ class SAM(Optimizer):
             zero_grad: clear the gradients afterwards.
             scaler: the GradScaler both losses were scaled by: it unscales, skips the step after an overflow in either
                 pass, and halves its scale once at ``scaler.update()``, which the caller calls.
+
+        Where gradients are refused the weights are restored.
         """
         if self._moved is None:
             raise UserError(f"{type(self).__name__}: second_step needs a first_step before it")
-        first, moved = self._first, self._moved
-        mine = [{p: g for p in group["params"] if (g := p.grad) is not None} for group in self.param_groups]
-        seconds = {p: g for gradients in mine for p, g in gradients.items()}
-        both = [p for p in seconds if p in first]
-        alone = [p for p in seconds if p not in first]  # to take as they are; all of them under SAM's own rule
-        xs, ys = [seconds[p] for p in both], [first[p] for p in both]
-        dots = multi_dots(xs, ys) if both else None
-        norms = multi_norm([seconds[p] for p in alone]) if alone else None
+        groups = [[place for place in places if place.param.grad is not None] for places in self._places()]
+        both = [place for places in groups for place in places if place.first is not None]
+        # To take as they are; all of them under SAM's own rule.
+        alone = [place for places in groups for place in places if place.first is None]
+        xs, ys = [place.param.grad for place in both], [place.first for place in both]
+        try:
+            dots = multi_dots(xs, ys) if both else None
+            norms = multi_norm([place.param.grad for place in alone]) if alone else None
+        except BaseException:
+            self.restore()
+            raise
         flags = torch.stack([self._nonfinite, *(s.nonfinite for s in (dots, norms) if s is not None)]).amax(0)
         bad = flags.amax()
         self._skips = bad.double() if self._skips is None else self._skips + bad
         # What schedulers look at, to warn if they step before the optimiser.
         self._opt_called = self.base_optimizer._opt_called = True
-        if scaler is None and self._is_fused(seconds):
-            self._fused_step(mine, both, alone, dots, norms, flags)
-            self._moved = [p for p in moved if p not in seconds]
-            self.restore()
+        momenta = self._momenta(groups) if scaler is None else None
+        if momenta is not None:
+            self._fused_step(groups, momenta, dots, norms, flags)
+            left = [place for place in self._moved if place.param.grad is None]
+            if left:
+                restore_([place.param for place in left], [place.saved for place in left])
+            self._forget()
         else:
             self.restore()
             if both:
                 multi_combine_(xs, ys, dots, self.rule, **self.rule_parameters)
             if scaler is not None:
                 # The scaler looks at the gradients for itself: an overflow of the first pass must be seen there too.
-                for g in seconds.values():
+                for g in (place.param.grad for places in groups for place in places):
                     if g.numel():
                         corner = g[(0,) * g.dim()]
                         corner.copy_(torch.where(bad > 0, torch.full_like(corner, float("inf")), corner))
@@ -190,61 +226,65 @@ class SAM(Optimizer):
         """How many steps were skipped for a gradient that is not finite. Reading it waits for the device."""
         return 0 if self._skips is None else int(self._skips.item())
 
-    def _is_fused(self, seconds: dict[Tensor, Tensor]) -> bool:
-        """Whether :func:`multi_step_` does all that the base optimiser's step would."""
+    def _momenta(self, groups: list[list[_Place]]) -> list[list[Tensor]] | None:
+        """SGD's buffers of what has a second gradient; None if :func:`multi_step_` is not all the base's step does."""
         base = self.base_optimizer
         if type(base) is not SGD or not hasattr(vars(base).get("step", _wrapped), "_wrapped_by_lr_sched"):
-            return False
+            return None
         hooks = (
             base._optimizer_step_pre_hooks, base._optimizer_step_post_hooks,
             torch_optimizer._global_optimizer_pre_hooks, torch_optimizer._global_optimizer_post_hooks,
         )  # fmt: skip
         if any(hooks):
-            return False
-        for group in self.param_groups:
+            return None
+        found = []
+        for group, places in zip(self.param_groups, groups, strict=True):
             # With rho 0 the base optimiser's very bits are wanted, which a pass of other roundings does not give.
             if group["differentiable"] or isinstance(group["lr"], Tensor) or not group["rho"]:
-                return False
-            if group["momentum"]:
-                for p in group["params"]:
-                    buffer = self.state[p].get("momentum_buffer") if p in seconds else p
-                    # A first buffer is the gradient, whatever the dampening; from 0 that comes out without.
-                    if group["dampening"] if buffer is None else buffer.dtype != p.dtype:
-                        return False
-        return True
+                return None
+            states = [self.state[place.param] for place in places] if group["momentum"] else []
+            buffers = [state.get("momentum_buffer") for state in states]
+            for place, buffer in zip(places, buffers, strict=False):
+                # A first buffer is the gradient, whatever the dampening; from 0 that comes out without.
+                if group["dampening"] if buffer is None else buffer.dtype != place.param.dtype:
+                    return None
+            found.append((places, states, buffers))
+        for places, states, buffers in found:
+            for n, buffer in enumerate(buffers):
+                if buffer is None:
+                    p = places[n].param
+                    buffers[n] = states[n]["momentum_buffer"] = torch.zeros_like(
+                        p, memory_format=torch.preserve_format, requires_grad=False
+                    )
+        return [buffers for _, _, buffers in found]
 
-    def _fused_step(self, mine, both, alone, dots, norms, flags) -> None:
-        """Group by group; the sums stand in the order of the groups."""
-        moved, in_both, rows = set(self._moved), set(both), [0, 0]
-        for group, gradients in zip(self.param_groups, mine, strict=True):
+    def _fused_step(self, groups, momenta, dots: Sums | None, norms: Sums | None, flags: Tensor) -> None:
+        """Group by group, with the sums of the rows that are the group's."""
+        sums = [values for values in ((dots, True), (norms, False)) if values[0] is not None]
+        rows = {True: 0, False: 0}
+        for group, places, buffers in zip(self.param_groups, groups, momenta, strict=True):
             sgd = {k: group[k] for k in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
-            for which, (everything, sums) in enumerate(((both, dots), (alone, norms))):
-                params = [p for p in gradients if (p in in_both) is (which == 0)]
-                if not params:
+            for (values, _), has_first in sums:
+                mine = [n for n, place in enumerate(places) if (place.first is not None) is has_first]
+                if not mine:
                     continue
-                values, end = sums.values, rows[which] + len(params)
-                if len(params) != len(everything):
-                    values = torch.cat([values[rows[which] : end], values[-1:]])
-                rows[which] = end
-                xs = [gradients[p] for p in params]
-                rule, parameters, ys = ("second", {}, xs) if which else (self.rule, self.rule_parameters, None)
+                start, rows[has_first] = rows[has_first], rows[has_first] + len(mine)
+                if len(mine) + 1 != len(values):
+                    values = torch.cat([values[start : rows[has_first]], values[-1:]])
+                chosen = [places[n] for n in mine]
+                params = [place.param for place in chosen]
+                xs = [p.grad for p in params]
                 multi_step_(
                     params,
-                    [self._saved[p] if p in moved else p for p in params],
+                    [place.saved if place.moved else place.param for place in chosen],
                     xs,
-                    ys or [self._first[p] for p in params],
-                    [self._momentum_of(p) for p in params] if group["momentum"] else None,
+                    [place.first for place in chosen] if has_first else xs,
+                    [buffers[n] for n in mine] if group["momentum"] else None,
                     Sums(values, flags),
-                    rule,
-                    **parameters,
+                    self.rule if has_first else "second",
+                    **(self.rule_parameters if has_first else {}),
                     **sgd,
                 )
-
-    def _momentum_of(self, p: Tensor) -> Tensor:
-        state = self.state[p]
-        if state.get("momentum_buffer") is None:
-            state["momentum_buffer"] = torch.zeros_like(p, memory_format=torch.preserve_format, requires_grad=False)
-        return state["momentum_buffer"]
 
     def step(self, closure: Callable[[], Any] | None = None, *, scaler: torch.amp.GradScaler | None = None) -> Any:
         """Both passes; returns what the closure returns, the loss at the moved weights.
@@ -285,7 +325,7 @@ class SAM(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("base_optimizer", "rule_parameters", "_skips", "shrink", "eta", "sigma", "decay", "_means")
-        transient = {"_saved": {}, "_moved": None, "_first": {}, "_nonfinite": None, "_scale": 1.0}
+        transient = {"_placed": [], "_moved": None, "_nonfinite": None, "_scale": 1.0}
         return super().__getstate__() | {k: self.__dict__[k] for k in own if k in self.__dict__} | transient
 
 
@@ -344,10 +384,9 @@ class FriendlySAM(SAM):
         self._means: dict[Tensor, Tensor] = {}
         super().__init__(params, base_optimizer, rho, **base_arguments)
 
-    def _ascent(self, params):
-        ys = super()._ascent(params)
+    def _ascent(self, params, ys):
         finite = multi_norm(ys).nonfinite[1] == 0
-        begins = len(self._means) < len(self._first) and bool(finite)
+        begins = len(self._means) < len(params) and bool(finite)
         directions = []
         for p, y in zip(params, ys, strict=True):
             mean = self._means.get(p)

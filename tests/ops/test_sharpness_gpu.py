@@ -11,8 +11,8 @@ from sharpness_expected import (
     F64,
     GPU_TYPES,
     RULES,
+    RULES_AND_STEPS,
     SIZES,
-    STEPS,
     check_ascent,
     check_bits_survive,
     check_degenerate,
@@ -74,8 +74,7 @@ def test_types_of_rules_and_steps(core, types):
     check_step(core, types, "gsam", {"alpha": 0.4}, "nesterov", LARGE, "cuda")
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize(("rule", "parameters"), RULES)
+@pytest.mark.parametrize(("rule", "parameters", "step"), RULES_AND_STEPS)
 def test_steps(core, rule, parameters, step):
     check_step(core, (F32, F32), rule, parameters, step, SIZES, "cuda")
 

@@ -13,7 +13,7 @@ from sharpness_expected import (
     F64,
     GPU_TYPES,
     RULES,
-    STEPS,
+    RULES_AND_STEPS,
     check_ascent,
     check_bits_survive,
     check_degenerate,
@@ -89,8 +89,7 @@ def test_types_of_rules_and_steps(core, types):
     check_step(core, types, "gsam", {"alpha": 0.4}, "nesterov", LONG)
 
 
-@pytest.mark.parametrize("step", STEPS)
-@pytest.mark.parametrize(("rule", "parameters"), RULES)
+@pytest.mark.parametrize(("rule", "parameters", "step"), RULES_AND_STEPS)
 def test_steps(core, rule, parameters, step):
     check_step(core, (F32, F32), rule, parameters, step, FEW)
 
@@ -147,8 +146,9 @@ def test_kernels_compile_for_sm90(kernels, types):
         ptx = compiled(kernels, kernel, **own, ALIGNED=True, **constants)
         assert re.search(r"ld\.global\.v(4\.b32|2\.b64)", ptx), kernel
         assert kernel is kernels._sums_kernel or re.search(r"st\.global\.v(4\.b32|2\.b64)", ptx), kernel
-    ptx = compiled(kernels, kernels._step_kernel, **own, ALIGNED=False, **step)
-    assert not re.search(r"(ld|st)\.global\.v", ptx)
+    if types == (F32, F32):
+        ptx = compiled(kernels, kernels._step_kernel, **own, ALIGNED=False, **step)
+        assert not re.search(r"(ld|st)\.global\.v", ptx)
 
 
 def test_kernels_of_last_sums_and_all_rules_compile_for_sm90(kernels):
