@@ -538,7 +538,9 @@ Forward<X, T> plan_forward(const DeformConv& a, void* scratch, int threads) {
 template <class X, class T>
 void copy_images(const DeformConv& a, const Forward<X, T>& f, std::int64_t first, std::int64_t images, int threads) {
   const DeformConvShape& s = a.shape;
-  const std::int64_t size = s.height * s.width, line = larger(64, s.width), lines = ceil_div(size, line);
+  // Long pieces of few channels: every channel lies on pages of its own, which the hardware reads ahead once it is under way.
+  const std::int64_t size = s.height * s.width, piece = larger(ceil_div(size * images, 4 * threads), 64);
+  const std::int64_t line = larger(smaller(round_up(piece, 16), 1024), s.width), lines = ceil_div(size, line);
   parallel_for(threads, images * lines, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t task = begin; task < end; ++task) {
       const std::int64_t image = task / lines, p = task % lines * line;
