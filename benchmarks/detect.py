@@ -1,59 +1,33 @@
 """pyface detect on ten seconds of 720p video: decoding, finding faces, cutting them out and scoring, and all of it.
 
 The clip is made on the spot: a procedural head that talks and moves, in a photo of a room, H.264, 25 frames per second.
-It is scored by a ResNet-18 with random weights in fp32, frame by frame, as ACMF does it; a network's speed does not
-depend on its weights. "A second passes" is the yardstick: ten times that is real time.
+It is scored by ACMF's detector with a ResNet-18 of random weights in fp32; a network's speed does not depend on its
+weights. "A second passes" is the yardstick: ten times that is real time.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from benchmarks.harness import OURS, Case, Options, Peer, Target
-from pyface.backbones import create_backbone
 from pyface.data.crop import FaceCrop, cut
 from pyface.data.detect import CascadeDetector, detect_faces
 from pyface.data.follow import Follow
 from pyface.data.sets.clips import Take, film
 from pyface.data.sets.folders import to_pixels
 from pyface.data.video import Video, write_video
-from pyface.methods.detection import FaceScores
+from pyface.methods.acmf import ACMF
+from pyface.methods.acmf.detector import AcmfDetector
 from pyface.methods.detection.scan import fitted, scan
 
 SECOND = "a second passes"
 FPS = 25
 _made: dict[tuple[int, int, int], tuple[tempfile.TemporaryDirectory, Path]] = {}
-
-
-class FrameWise:
-    """A ResNet-18 on single frames, its weights random."""
-
-    method, image_size, margin, least_frames = "acmf", 224, 1.3, 1
-    training, threshold, calibration = "", None, ""
-
-    def __init__(self) -> None:
-        network = create_backbone("resnet18", num_classes=2).eval()
-        self.network = network.to(memory_format=torch.channels_last)
-
-    @torch.inference_mode()
-    def score(self, faces: Tensor, *, maps: bool = False) -> FaceScores:
-        # Maps of more faces at once are larger than what malloc keeps, and fresh memory costs more than it saves.
-        parts = [self.network(part.contiguous(memory_format=torch.channels_last)) for part in faces.split(8)]
-        logits = torch.cat(parts).double()
-        total = logits.sum(0)
-        fake = logits.softmax(1)[:, 1].numpy()
-        return FaceScores(fake, float(logits.mean(0).softmax(0)[1]), state=(total, len(faces)))
-
-    def combine(self, parts: Sequence[FaceScores]) -> float:
-        total, count = sum(part.state[0] for part in parts), sum(part.state[1] for part in parts)
-        return float((total / count).softmax(0)[1])
 
 
 def cases(options: Options) -> list[Case]:
@@ -77,7 +51,7 @@ def cases(options: Options) -> list[Case]:
 
 
 def _whole(seconds: int, size: tuple[int, int]) -> list[Peer]:
-    path, detector, count = _clip(seconds, size), FrameWise(), seconds * FPS
+    path, detector, count = _clip(seconds, size), AcmfDetector(ACMF("resnet18"), {}, "cpu"), seconds * FPS
 
     def ours():
         found = scan(Video(path), detector)
@@ -88,7 +62,7 @@ def _whole(seconds: int, size: tuple[int, int]) -> list[Peer]:
 
 
 def _parts(seconds: int, part: int, size: tuple[int, int]) -> list[Peer]:
-    path, detector, count = _clip(seconds, size), FrameWise(), part * FPS
+    path, detector, count = _clip(seconds, size), AcmfDetector(ACMF("resnet18"), {}, "cpu"), part * FPS
     follow, crops = fitted(Follow(), detector), torch.rand(count, 3, 224, 224)
 
     def read():

@@ -186,7 +186,7 @@ def main() -> None:
     parser.add_argument("--validation", type=int, default=8)
     parser.add_argument("--tests", type=int, default=24, help="couples to measure on")
     parser.add_argument("--steps", type=int, default=300)
-    parser.add_argument("--lr", type=float, default=8e-3, help="peak, for 32 clips")
+    parser.add_argument("--lr", type=float, default=4e-3, help="peak, for 32 clips")
     parser.add_argument("--faces", type=int, default=4000, help="to train the gaze network on")
     parser.add_argument("--teacher-steps", type=int, default=1500)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])

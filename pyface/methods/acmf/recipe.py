@@ -47,10 +47,10 @@ class Config(TrainConfig):
             "fac_masked": False, "fac_pool": 1,
         },
         "tiny": {
-            "backbone": "test_resnet", "target": "layer3", "image_size": 96, "margin": 0.8, "frames": 6, "videos": 80,
-            "test_videos": 24, "test_frames": 6, "epochs": None, "steps": 900, "batch_size": 32, "lr": 4e-3,
-            "schedule": "cosine", "precision": "bf16", "validate_every": 300, "checkpoint_every": 300, "log_every": 50,
-            "fac_batch": 16, "fac_pool": 4,
+            "backbone": "test_resnet", "target": "layer3", "image_size": 96, "margin": 0.8, "frames": 4, "videos": 80,
+            "test_videos": 24, "test_frames": 4, "epochs": None, "steps": 600, "batch_size": 32, "lr": 4e-3,
+            "schedule": "cosine", "precision": "bf16", "validate_every": 200, "checkpoint_every": 200, "log_every": 50,
+            "fac_batch": 16, "fac_pool": 4, "fac_lr": 1e-4,
         },
     }  # fmt: skip
 

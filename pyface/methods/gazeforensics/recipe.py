@@ -50,7 +50,7 @@ class Config(TrainConfig):
         "tiny": {
             "trunk": "test_resnet", "image_size": 80, "margin": 0.8, "heads": 4, "head_width": 32, "init": "gaze",
             "frames": 14, "videos": 60, "validation": 8, "tests": 8, "share": 1.0, "pairs": True, "epochs": None,
-            "steps": 300, "batch_size": 8, "lr": 8e-3, "schedule": "step", "teacher_faces": 2000,
+            "steps": 300, "batch_size": 8, "lr": 4e-3, "schedule": "step", "warm": 0.1, "teacher_faces": 2000,
             "teacher_steps": 800, "teacher_lr": 4e-3, "teacher_augment": False, "precision": "bf16",
             "validate_every": 100, "checkpoint_every": 100, "log_every": 20,
         },
@@ -296,7 +296,7 @@ class Recipe(engine.Recipe):
                 own = self.is_teacher or name.startswith(("trunk.", "embedding."))
                 groups["backbone" if own else "classifier"].append(parameter)
         return {
-            name: torch.optim.AdamW(values, self._lr(), weight_decay=config.weight_decay)
+            name: torch.optim.AdamW(values, self._lr(), weight_decay=config.weight_decay, fused=True)
             for name, values in groups.items()
             if values
         }
