@@ -7,7 +7,9 @@
 #include "cpu/attention.h"
 
 #include <cmath>
+#include <initializer_list>
 #include <limits>
+#include <type_traits>
 
 #include "cpu/blocks.h"
 #include "cpu/parallel.h"
@@ -210,10 +212,10 @@ void any_sum_rows(int vectors, const C* st, std::int64_t pitch, const C* const* 
   }
 }
 
-// out[key][:] += factor * sum over lanes [first, last) of st[key][lane] * rows[lane][:], out dense with `columns` columns
+// out[key][:] (+)= factor * sum over lanes [first, last) of st[key][lane] * rows[lane][:]
 template <class C, int K, int N>
 PYFACE_INLINE void scatter_tile(const C* st, std::int64_t pitch, const C* const* rows, std::int64_t first, std::int64_t last,
-                                std::int64_t e, std::int64_t columns, C factor, C* out) {
+                                std::int64_t e, C factor, bool add, C* const* out) {
   typedef Vector<C> V;
   constexpr int W = Lanes<V>::count;
   V sums[K][N] = {};
@@ -227,24 +229,24 @@ PYFACE_INLINE void scatter_tile(const C* st, std::int64_t pitch, const C* const*
   }
   for (int k = 0; k < K; ++k)
     for (int v = 0; v < N; ++v) {
-      C* to = out + k * columns + e + v * W;
-      store(to, load(to) + sums[k][v] * factor);
+      C* to = out[k] + e + v * W;
+      store(to, add ? load(to) + sums[k][v] * factor : sums[k][v] * factor);
     }
 }
 
 template <class C, int K>
 void scatter_keys(const C* st, std::int64_t pitch, const C* const* rows, std::int64_t first, std::int64_t last,
-                  std::int64_t columns, C factor, C* out) {
+                  std::int64_t columns, C factor, bool add, C* const* out) {
   constexpr int W = Lanes<Vector<C>>::count;
   constexpr int N = kVectorBytes == 64 ? 4 : 2;
   std::int64_t e = 0;
-  for (; e + N * W <= columns; e += N * W) scatter_tile<C, K, N>(st, pitch, rows, first, last, e, columns, factor, out);
-  for (; e + W <= columns; e += W) scatter_tile<C, K, 1>(st, pitch, rows, first, last, e, columns, factor, out);
+  for (; e + N * W <= columns; e += N * W) scatter_tile<C, K, N>(st, pitch, rows, first, last, e, factor, add, out);
+  for (; e + W <= columns; e += W) scatter_tile<C, K, 1>(st, pitch, rows, first, last, e, factor, add, out);
   for (; e < columns; ++e)
     for (int k = 0; k < K; ++k) {
       C sum = 0;
       for (std::int64_t i = first; i < last; ++i) sum += st[k * pitch + i] * rows[i][e];
-      out[k * columns + e] += sum * factor;
+      out[k][e] = (add ? out[k][e] : 0) + sum * factor;
     }
 }
 
@@ -418,6 +420,18 @@ void weigh_rows(const AttentionCall& a, const Block& q, std::int64_t n0, std::in
 
 // ---- forward ------------------------------------------------------------------------------------------------------------
 
+// Rows of a task that comes next, on their way to the second cache while this one is computed. More rows than `kAhead` are
+// left to the hardware, which follows them well once they have begun.
+constexpr std::int64_t kAhead = 256;
+template <class T>
+PYFACE_INLINE void bring(const AttentionTensor& t, std::int64_t b, std::int64_t h, std::int64_t first, std::int64_t count,
+                         std::int64_t columns) {
+  for (std::int64_t i = first; i < first + smaller(count, kAhead); ++i) {
+    const char* row = (const char*)row_of<T>(t, b, h, i);
+    for (std::int64_t at = 0; at < columns * (std::int64_t)sizeof(T); at += 64) __builtin_prefetch(row + at, 0, 2);
+  }
+}
+
 template <class C>
 struct ForwardScratch {
   C *query, *result, *scores, *most, *sum, *factor, *wide;
@@ -491,13 +505,15 @@ std::int64_t products(const AttentionCall& a) {
   return a.batch * a.heads * a.queries * (a.keys + a.extras) * (a.depth + a.width);
 }
 
-// Tasks 0, threads, 2 threads... go to the first thread: long and short ones (causal) mix.
+// Tasks 0, threads, 2 threads... go to the first thread: long and short ones (causal) mix. work(scratch, task, the next task
+// of the same thread or the number of tasks).
 template <class Work>
 void share(int threads, std::int64_t tasks, char* scratch, std::int64_t bytes, Work work) {
   threads = (int)larger(1, smaller(threads, tasks));
   parallel_for(threads, threads, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t me = begin; me < end; ++me)
-      for (std::int64_t task = me; task < tasks; task += threads) work(scratch + me * bytes, task);
+      for (std::int64_t task = me; task < tasks; task += threads)
+        work(scratch + me * bytes, task, smaller(task + threads, tasks));
   });
 }
 
@@ -513,10 +529,17 @@ void run_forward(const AttentionCall& a, void* scratch, int threads) {
   if (products(a) < kSerial) threads = 1;
   const Plan p = plan<C>(a);
   const std::int64_t heads = a.batch * a.heads;
-  share(threads, heads * p.blocks, (char*)scratch, forward_bytes<C>(a), [&](char* mine, std::int64_t task) {
+  share(threads, heads * p.blocks, (char*)scratch, forward_bytes<C>(a), [&](char* mine, std::int64_t task, std::int64_t next) {
     Carver c{mine};
     const ForwardScratch<C> s(c, a);
     const std::int64_t head = task % heads, index = p.blocks - 1 - task / heads;  // the longest first
+    if (next < heads * p.blocks) {
+      const std::int64_t b = next % heads / a.heads, h = next % heads % a.heads;
+      const Block q = block_of<C>(a, p, p.blocks - 1 - next / heads);
+      bring<T>(a.query, b, h, q.first, q.count, a.depth);
+      bring<T>(a.key, b, h, 0, a.keys, a.depth);
+      bring<T>(a.value, b, h, 0, a.keys, a.width);
+    }
     forward_block<C, T>(a, block_of<C>(a, p, index), head / a.heads, head % a.heads, s);
   });
 }
@@ -525,18 +548,21 @@ void run_forward(const AttentionCall& a, void* scratch, int threads) {
 
 template <class C>
 struct BackwardScratch {
-  C *query, *grad, *scores, *steps, *delta, *lse, *one, *grad_query, *grad_keys, *grad_values, *grad_prior;
+  C *query, *grad, *scores, *steps, *delta, *lse, *one, *grad_query, *grad_prior;
+  C *grad_keys, *grad_values;        // of the rows whose gradients do not go straight to where they belong
+  C **key_grads, **value_grads;      // of every row of the list
   C *wide_query, *wide_grad, *wide_list;
   const C **query_rows, **grad_rows, **rows;
 
   BackwardScratch(Carver& c, const AttentionCall& a) {
-    const std::int64_t pitch = plan<C>(a).vectors * Lanes<Vector<C>>::count, rows_of_list = a.extras + a.keys;
+    const std::int64_t pitch = plan<C>(a).vectors * Lanes<Vector<C>>::count, list = a.extras + a.keys;
     query = c.take<C>(a.depth * pitch), grad = c.take<C>(a.width * pitch);
     scores = c.take<C>(kBlock * pitch), steps = c.take<C>(kBlock * pitch);
     delta = c.take<C>(pitch), lse = c.take<C>(pitch), one = c.take<C>(pitch);
     grad_query = c.take<C>(a.depth * pitch), grad_prior = c.take<C>(4 * pitch);
-    grad_keys = c.take<C>(rows_of_list * a.depth), grad_values = c.take<C>(rows_of_list * a.width);
     const bool wide = a.type == DType::bf16;
+    grad_keys = c.take<C>(list * a.depth), grad_values = c.take<C>(list * a.width);
+    key_grads = c.take<C*>(list), value_grads = c.take<C*>(list);
     wide_query = c.take<C>(wide ? pitch * a.depth : 0), wide_grad = c.take<C>(wide ? pitch * a.width : 0);
     wide_list = c.take<C>(wide ? kBlock * larger(a.depth, a.width) : 0);
     query_rows = c.take<const C*>(pitch), grad_rows = c.take<const C*>(pitch), rows = c.take<const C*>(kBlock);
@@ -550,10 +576,11 @@ std::int64_t backward_bytes(const AttentionCall& a) {
   return round_up(c.used, 4096);
 }
 
-// grads[n][:] += factor * sum over the block's queries that see row n of weights[n][query] * rows[query][:], for [n0, n1)
+// grads[n][:] (+)= factor * sum over the block's queries that see row n of weights[n][query] * rows[query][:], for [n0, n1).
+// `weights` are those of row n0.
 template <class C>
 void collect(const AttentionCall& a, const Block& q, std::int64_t n0, std::int64_t n1, const C* weights, const C* const* rows,
-             std::int64_t columns, C factor, C* grads) {
+             std::int64_t columns, C factor, bool add, C* const* grads) {
   const auto first = [&](std::int64_t n) -> std::int64_t {
     return !a.causal || n < a.extras ? 0 : larger(0, n - a.extras - (a.keys - a.queries) - q.first);
   };
@@ -561,7 +588,7 @@ void collect(const AttentionCall& a, const Block& q, std::int64_t n0, std::int64
   const auto some = [&](auto keys) {
     constexpr int K = decltype(keys)::value;
     for (; n + K <= n1; n += K)
-      scatter_keys<C, K>(weights + (n - n0) * q.pitch, q.pitch, rows, first(n), q.count, columns, factor, grads + n * columns);
+      scatter_keys<C, K>(weights + (n - n0) * q.pitch, q.pitch, rows, first(n), q.count, columns, factor, add, grads + n);
   };
   if (!a.causal || finite(rows, q.count, columns)) some(Number<kVectorBytes == 64 ? 6 : 4>{}), some(Number<2>{});
   some(Number<1>{});
@@ -569,7 +596,7 @@ void collect(const AttentionCall& a, const Block& q, std::int64_t n0, std::int64
 
 template <class C, class T>
 void backward_block(const AttentionCall& a, const AttentionBackward& w, const Block& q, std::int64_t b, std::int64_t h,
-                    const BackwardScratch<C>& s, std::int64_t list_end) {
+                    const BackwardScratch<C>& s, std::int64_t list_end, std::int64_t& written) {
   typedef Vector<C> V;
   constexpr int W = Lanes<V>::count;
   const std::int64_t head = b * a.heads + h;
@@ -587,7 +614,7 @@ void backward_block(const AttentionCall& a, const AttentionBackward& w, const Bl
       V sums{};
       std::int64_t e = 0;
       for (; e + W <= a.width; e += W) sums += load(out + e) * load(s.grad_rows[i] + e);
-      for (int k = 0; k < W; ++k) sum += sums[k];
+      sum = sum_lanes(sums);
       for (; e < a.width; ++e) sum += (C)widen(out[e]) * s.grad_rows[i][e];
       const std::int64_t at = head * a.queries + q.first + i;
       if (w.grad_lse) sum -= ((const C*)w.grad_lse)[at];
@@ -651,8 +678,13 @@ void backward_block(const AttentionCall& a, const AttentionBackward& w, const Bl
         for (int k = 0; k < 4; ++k) store(s.grad_prior + k * q.pitch + v * W, sums[k]);
       }
     }
-    if (values) collect(a, q, n0, n1, s.scores, s.grad_rows, a.width, (C)1, s.grad_values);
-    if (keys) collect(a, q, n0, n1, s.steps, s.query_rows, a.depth, (C)a.scale, s.grad_keys);
+    const std::int64_t fresh = smaller(n1, larger(n0, written));  // from here on nothing has been written yet
+    for (const bool add : {true, false}) {
+      const std::int64_t low = add ? n0 : fresh, high = add ? fresh : n1, at = (low - n0) * q.pitch;
+      if (values) collect(a, q, low, high, s.scores + at, s.grad_rows, a.width, (C)1, add, s.value_grads);
+      if (keys) collect(a, q, low, high, s.steps + at, s.query_rows, a.depth, (C)a.scale, add, s.key_grads);
+    }
+    written = larger(written, n1);
     if (w.grad_bias)
       for (std::int64_t n = n0; n < smaller(n1, a.extras); ++n) {
         C sum = 0;
@@ -691,27 +723,42 @@ void run_backward(const AttentionCall& a, const AttentionBackward& w, void* scra
   // Where nobody asks for gradients of keys, values or queries, the extra rows are all there is to look at.
   const bool whole = w.grad_query.data || w.grad_key.data || w.grad_value.data || w.grad_prior;
   const std::int64_t list_end = whole ? a.extras + a.keys : a.extras;
-  share(threads, a.batch * a.heads, (char*)scratch, backward_bytes<C>(a), [&](char* mine, std::int64_t head) {
+  share(threads, a.batch * a.heads, (char*)scratch, backward_bytes<C>(a), [&](char* mine, std::int64_t head, std::int64_t next) {
     Carver c{mine};
     const BackwardScratch<C> s(c, a);
     const std::int64_t b = head / a.heads, h = head % a.heads;
-    for (std::int64_t i = 0; i < list_end * a.depth; ++i) s.grad_keys[i] = 0;
-    for (std::int64_t i = 0; i < list_end * a.width; ++i) s.grad_values[i] = 0;
+    if (whole && next < a.batch * a.heads) {
+      const std::int64_t nb = next / a.heads, nh = next % a.heads;
+      for (const AttentionTensor* t : {&a.query, &w.grad_out, &a.out})
+        bring<T>(*t, nb, nh, 0, a.queries, t == &a.query ? a.depth : a.width);
+      bring<T>(a.key, nb, nh, 0, a.keys, a.depth);
+      bring<T>(a.value, nb, nh, 0, a.keys, a.width);
+    }
+    const bool wide = !std::is_same_v<C, T>;
+    for (std::int64_t n = 0; n < list_end; ++n) {  // straight to where they belong, if they are stored as they are computed
+      C *key = s.grad_keys + n * a.depth, *value = s.grad_values + n * a.width;
+      const bool extra = n < a.extras;
+      if (extra && w.grad_extra_key) key = (C*)w.grad_extra_key + (head * a.extras + n) * a.depth;
+      if (extra && w.grad_extra_value) value = (C*)w.grad_extra_value + (head * a.extras + n) * a.width;
+      if (!extra && !wide && w.grad_key.data) key = const_cast<C*>(row_of<C>(w.grad_key, b, h, n - a.extras));
+      if (!extra && !wide && w.grad_value.data) value = const_cast<C*>(row_of<C>(w.grad_value, b, h, n - a.extras));
+      s.key_grads[n] = key, s.value_grads[n] = value;
+    }
     for (std::int64_t i = 0; i < p.vectors * Lanes<Vector<C>>::count; ++i) s.one[i] = (C)a.scale;
     if (w.grad_bias)
       for (std::int64_t n = 0; n < a.extras; ++n) ((C*)w.grad_bias)[head * a.extras + n] = 0;
+    std::int64_t written = 0;  // rows of the list that have gradients
     for (std::int64_t index = 0; index < p.blocks; ++index) {
       const Block q = block_of<C>(a, p, index);
-      if (q.count) backward_block<C, T>(a, w, q, b, h, s, list_end);
+      if (q.count) backward_block<C, T>(a, w, q, b, h, s, list_end, written);
     }
+    for (std::int64_t n = written; n < list_end; ++n) {  // which no query sees
+      std::memset((void*)s.key_grads[n], 0, a.depth * sizeof(C));
+      std::memset((void*)s.value_grads[n], 0, a.width * sizeof(C));
+    }
+    if (!wide) return;
     if (w.grad_key.data) put_rows<C, T>(s.grad_keys + a.extras * a.depth, a.keys, a.depth, w.grad_key, b, h);
     if (w.grad_value.data) put_rows<C, T>(s.grad_values + a.extras * a.width, a.keys, a.width, w.grad_value, b, h);
-    if (w.grad_extra_key)
-      for (std::int64_t i = 0; i < a.extras * a.depth; ++i)
-        ((C*)w.grad_extra_key)[head * a.extras * a.depth + i] = s.grad_keys[i];
-    if (w.grad_extra_value)
-      for (std::int64_t i = 0; i < a.extras * a.width; ++i)
-        ((C*)w.grad_extra_value)[head * a.extras * a.width + i] = s.grad_values[i];
   });
 }
 

@@ -182,7 +182,7 @@ PYFACE_INLINE bool is_vector_aligned(const T* p) {
 
 template <class V>
 PYFACE_INLINE V splat(typename Lanes<V>::scalar value) {
-  return V{} + value;
+  return value - V{};  // a broadcast, where adding to zero would have to turn -0 into 0
 }
 
 PYFACE_INLINE f32v absolute(f32v v) { return (f32v)((i32v)v & 0x7fffffff); }
