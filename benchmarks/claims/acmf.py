@@ -120,7 +120,7 @@ def _plot(path: Path, cells: dict[tuple[str, str, int], dict]) -> None:
     import matplotlib.pyplot as plt
     from torchmetrics.functional.classification import binary_roc
 
-    figure, axes = plt.subplots(1, len(FORGERIES), figsize=(15, 3.4), sharey=True, constrained_layout=True)
+    figure, axes = plt.subplots(1, len(FORGERIES), figsize=(15, 4.6), sharey=True, constrained_layout=True)
     for panel, held_out in zip(axes, FORGERIES):
         for colour, training in zip(("tab:blue", "tab:orange"), TRAININGS):
             for line, stage in zip(("-", "--", ":"), STAGES):
@@ -141,7 +141,9 @@ def _plot(path: Path, cells: dict[tuple[str, str, int], dict]) -> None:
         panel.plot([0, 1], [0, 1], color="0.8", lw=0.8)
         panel.set(title=f"{held_out} unseen", xlabel="real videos called fake")
         if panel.lines[1:]:
-            panel.legend(fontsize=7, loc="lower right", title="video AUC", title_fontsize=7)
+            panel.legend(
+                fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), title="video AUC", title_fontsize=7
+            )
     axes[0].set_ylabel("fakes found")
     with replacing(path, overwrite=True) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
