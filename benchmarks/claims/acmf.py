@@ -96,7 +96,7 @@ def cell(arguments: argparse.Namespace, held_out: str, seed: int, training: str)
 def write(arguments: argparse.Namespace, cells: dict[tuple[str, str, int], dict], header: dict[str, object]) -> None:
     rows = []
     for (held_out, training, seed), found in cells.items():
-        for stage in STAGES:
+        for stage in (stage for stage in STAGES if stage in found):
             rows.append(
                 {"held_out": held_out, "training": training, "stage": stage, "seed": seed,
                  "videos": len(found["labels"]), "training_video_auc": found["trained"],
@@ -124,7 +124,11 @@ def _plot(path: Path, cells: dict[tuple[str, str, int], dict]) -> None:
     for panel, held_out in zip(axes, FORGERIES):
         for colour, training in zip(("tab:blue", "tab:orange"), TRAININGS):
             for line, stage in zip(("-", "--", ":"), STAGES):
-                chosen = [found for (one, other, _), found in cells.items() if (one, other) == (held_out, training)]
+                chosen = [
+                    found
+                    for (one, other, _), found in cells.items()
+                    if (one, other) == (held_out, training) and stage in found
+                ]
                 if not chosen:
                     continue
                 ranks = [torch.tensor(found[stage]["scores"]).argsort().argsort() for found in chosen]

@@ -573,7 +573,7 @@ def multi_combine_(
     rule              G                                                                      source
     ================  =====================================================================  ===================
     ``second``        x                                                                      SAM
-    ``mix``           t x + (1 - t) y                                                        SAGM (t = 1/2)
+    ``mix``           t x + (1 - t) y (SAGM: t = 1/2; gradient-norm penalty)                 arXiv:2202.03599
     ``gsam``          x - alpha (y - (k/a) x)                                                arXiv:2203.08065
     ``gsam_first``    y + alpha (x - (k/b) y)                                                the same, for f
     ``constrained``   c = k / sqrt(a b): x for c >= upper, y for c <= lower, else the        arXiv:2309.07866
