@@ -96,7 +96,7 @@ def cell(arguments: argparse.Namespace, held_out: str, seed: int, training: str)
 def write(arguments: argparse.Namespace, cells: dict[tuple[str, str, int], dict], header: dict[str, object]) -> None:
     rows = []
     for (held_out, training, seed), found in cells.items():
-        for stage in STAGES:
+        for stage in (stage for stage in STAGES if stage in found):
             rows.append(
                 {"held_out": held_out, "training": training, "stage": stage, "seed": seed,
                  "videos": len(found["labels"]), "training_video_auc": found["trained"],
@@ -120,11 +120,15 @@ def _plot(path: Path, cells: dict[tuple[str, str, int], dict]) -> None:
     import matplotlib.pyplot as plt
     from torchmetrics.functional.classification import binary_roc
 
-    figure, axes = plt.subplots(1, len(FORGERIES), figsize=(15, 3.4), sharey=True, constrained_layout=True)
+    figure, axes = plt.subplots(1, len(FORGERIES), figsize=(15, 4.6), sharey=True, constrained_layout=True)
     for panel, held_out in zip(axes, FORGERIES):
         for colour, training in zip(("tab:blue", "tab:orange"), TRAININGS):
             for line, stage in zip(("-", "--", ":"), STAGES):
-                chosen = [found for (one, other, _), found in cells.items() if (one, other) == (held_out, training)]
+                chosen = [
+                    found
+                    for (one, other, _), found in cells.items()
+                    if (one, other) == (held_out, training) and stage in found
+                ]
                 if not chosen:
                     continue
                 ranks = [torch.tensor(found[stage]["scores"]).argsort().argsort() for found in chosen]
@@ -137,7 +141,9 @@ def _plot(path: Path, cells: dict[tuple[str, str, int], dict]) -> None:
         panel.plot([0, 1], [0, 1], color="0.8", lw=0.8)
         panel.set(title=f"{held_out} unseen", xlabel="real videos called fake")
         if panel.lines[1:]:
-            panel.legend(fontsize=7, loc="lower right", title="video AUC", title_fontsize=7)
+            panel.legend(
+                fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.18), title="video AUC", title_fontsize=7
+            )
     axes[0].set_ylabel("fakes found")
     with replacing(path, overwrite=True) as temporary:
         figure.savefig(temporary, format="png", dpi=110)

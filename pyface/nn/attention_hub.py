@@ -14,118 +14,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from pyface.errors import UserError
+from pyface.nn.attention import ExtraKV, attend
 from pyface.ops import concat_kv_attention
 
 IMPLEMENTATION = "pyface_concat_kv"  # the name in transformers' registry
 # What an attention function of transformers may be asked for beside masks, and this one cannot do.
 _UNKNOWN = {"softcap": "a cap on scores", "s_aux": "attention sinks", "position_bias": "a position bias"}
-
-
-class ExtraKV(nn.Module):
-    """R learned keys and values of one attention layer, seen by every query: arXiv:2311.14631, arXiv:2101.00190.
-
-    Args:
-        heads: H, heads of keys and values.
-        rows: R.
-        key_dim: E, of one head.
-        value_dim: Ev, of one head; None: E.
-        extra_bias: added to the rows' scores: 0 is plain concatenation, 1 what CatVersion's released adapters were
-            trained with. It is part of the state dict: rows trained with one value are wrong with another.
-        init: standard deviation of the initial values (CatVersion: 1).
-        generator: where they come from.
-
-    Attributes:
-        key: Parameter[H, R, E].
-        value: Parameter[H, R, Ev].
-    """
-
-    def __init__(
-        self,
-        heads: int,
-        rows: int,
-        key_dim: int,
-        value_dim: int | None = None,
-        *,
-        extra_bias: float = 0.0,
-        init: float = 1.0,
-        generator: torch.Generator | None = None,
-    ):
-        super().__init__()
-        if heads < 1 or rows < 0 or key_dim < 1 or (value_dim is not None and value_dim < 1):
-            raise ValueError(
-                "ExtraKV: heads, key_dim and value_dim must be at least 1 and rows at least 0, got "
-                f"heads={heads}, rows={rows}, key_dim={key_dim}, value_dim={value_dim}"
-            )
-        self.key = nn.Parameter(init * torch.randn(heads, rows, key_dim, generator=generator))
-        self.value = nn.Parameter(init * torch.randn(heads, rows, value_dim or key_dim, generator=generator))
-        self.register_buffer("extra_bias", torch.tensor(float(extra_bias)))
-
-    def extra_repr(self) -> str:
-        heads, rows, depth = self.key.shape
-        return f"{heads}, {rows}, {depth}, {self.value.shape[-1]}, extra_bias={self.extra_bias.item():g}"
-
-    def forward(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        mask: Tensor | None = None,
-        is_causal: bool = False,
-        scale: float | None = None,
-    ) -> Tensor:
-        """Attention with the rows.
-
-        Args:
-            query, key, value: Tensor[B, G * H, L, E], Tensor[B, H, S, E], Tensor[B, H, S, Ev]; G query heads share a
-                key head.
-            mask: of the S keys, as in `scaled_dot_product_attention`; the rows are never masked. A mask is served by
-                concatenation, in plain PyTorch.
-            is_causal: lower right aligned.
-            scale: None: 1 / sqrt(E).
-
-        Returns:
-            Tensor[B, G * H, L, Ev].
-        """
-        if key.shape[1] != len(self.key) or key.shape[-1] != self.key.shape[-1]:
-            raise ValueError(
-                f"ExtraKV: its rows are {len(self.key)} heads of {self.key.shape[-1]} numbers, but the layer's keys "
-                f"are {key.shape[1]} heads of {key.shape[-1]}"
-            )
-        return attend(self, query, key, value, mask, is_causal, scale)
-
-
-def attend(
-    extra: ExtraKV | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    mask: Tensor | None = None,
-    is_causal: bool = False,
-    scale: float | None = None,
-) -> Tensor:
-    """What `ExtraKV` does, for layers that may have none."""
-    groups = query.shape[1] // key.shape[1]
-    rows = None if extra is None else (extra.key, extra.value)
-    if groups > 1:
-        key, value = (t.repeat_interleave(groups, 1) for t in (key, value))
-        rows = rows and [t.repeat_interleave(groups, 0) for t in rows]
-    if mask is None:
-        bias = 0.0 if extra is None else extra.extra_bias
-        return concat_kv_attention(
-            query, key, value, *(rows or (None, None)), is_causal=is_causal, scale=scale, extra_bias=bias
-        )
-    if mask.dtype == torch.bool:
-        mask = torch.zeros(mask.shape, dtype=query.dtype, device=mask.device).masked_fill(~mask, -torch.inf)
-    if is_causal:
-        visible = torch.ones(mask.shape[-2:], dtype=torch.bool, device=mask.device).tril(key.shape[2] - query.shape[2])
-        mask = mask.masked_fill(~visible, -torch.inf)
-    if rows:
-        front = extra.extra_bias.to(mask.dtype).expand(*mask.shape[:-1], rows[0].shape[1])
-        mask = torch.cat((front, mask), -1)
-        key, value = (
-            torch.cat((row.to(t.dtype).expand(len(t), -1, -1, -1), t), 2) for row, t in zip(rows, (key, value))
-        )
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
 
 
 # ---- transformers ----------------------------------------------------------------------------------------------------

@@ -175,7 +175,13 @@ class _Cpu:
         self, query, key, value, extra_key, extra_value, extra_bias, prior, is_causal, scale, grid_width, smooth,
         wants_lse,
     ):  # fmt: skip
-        out, lse = _empty(query, value), _empty_lse(query, wants_lse)
+        out = _empty(query, value)
+        if query.dtype == torch.float16:  # the kernel has no such type
+            tensors = (query, key, value, extra_key, extra_value, extra_bias, prior)
+            options = (is_causal, scale, grid_width, smooth, wants_lse)
+            found, lse = self.forward(*(_widened(t, query) for t in tensors), *options)
+            return out.copy_(found), lse
+        lse = _empty_lse(query, wants_lse)
         call, held = self._call(
             query, key, value, extra_key, extra_value, extra_bias, prior, out, lse, is_causal, scale, grid_width, smooth
         )
@@ -189,6 +195,10 @@ class _Cpu:
     ):  # fmt: skip
         threads, wide = torch.get_num_threads(), real(query.dtype)
         tensors = (query, key, value, extra_key, extra_value, extra_bias, prior)
+        if query.dtype == torch.float16:
+            wide_args = (_widened(t, query) for t in (grad, grad_lse, *tensors, out, lse))
+            found = self.backward(*wide_args, is_causal, scale, grid_width, smooth, needs)
+            return tuple(None if g is None else g.to(t.dtype) for g, t in zip(found, tensors, strict=True))
         grads = [
             torch.empty(t.shape, dtype=t.dtype, device=t.device) if need and t is not None else None
             for t, need in zip(tensors, needs, strict=True)
@@ -269,15 +279,15 @@ def _load_triton() -> object:
     return Triton(attention)
 
 
-_GPU_TYPES = {(d, d) for d in _DTYPE_CODES} | {(d, torch.float32) for d in (torch.bfloat16, torch.float16)}
+_TYPES = {(d, d) for d in _DTYPE_CODES} | {(d, torch.float32) for d in (torch.bfloat16, torch.float16)}
 
 CORE = Core(
     "attention",
     # (query, extra rows)
     dtypes={
-        "cuda": _GPU_TYPES,
-        "triton": _GPU_TYPES,
-        "cpu": {(d, d) for d in (torch.float32, torch.float64, torch.bfloat16)} | {(torch.bfloat16, torch.float32)}
+        "cuda": _TYPES,
+        "triton": _TYPES,
+        "cpu": _TYPES,  # float16 through copies in float32
     },
     load={"cpu": _load_cpu, "cuda": _load_cuda, "triton": _load_triton, "reference": _reference},
 )
@@ -521,7 +531,7 @@ def concat_kv_attention(
 
     Dtypes: query, key and value of one floating-point type; extra rows of the same, or float32 beside bfloat16 and
         float16, in which case their gradient is float32 too. Sums and exponentials are float32 at least. The path
-        `cpu` takes float32, float64 and bfloat16. Under autocast query, key and value take its type, float32 extra
+        `cpu` computes float16 in copies in float32. Under autocast query, key and value take its type, float32 extra
         rows stay.
 
     Gradients: of every argument, to second order; forward mode; vmap. Only those asked for are computed; where only
