@@ -36,6 +36,7 @@ import math
 import os
 import platform
 import subprocess
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -494,7 +495,8 @@ def _panel(axis, rows: list[dict] | None, title: str, bars: int) -> None:
     colors = ["#1b6ca8" if row["peer"].startswith(OURS) else "#b8bec5" for row in rows]
     places = range(len(rows))
     axis.barh(places, values, color=colors, height=0.72)
-    axis.set_yticks(places, [row["peer"] for row in rows], fontsize=8)
+    # A label wider than its panel would lie over the neighbour's bars.
+    axis.set_yticks(places, [textwrap.fill(row["peer"], 26) for row in rows], fontsize=8)
     axis.set_ylim(bars - 0.5, -0.5)  # bars of one thickness in all panels
     axis.axvline(1, color="#c0392b", linewidth=1)
     # The room on the right is for the numbers behind the bars.
