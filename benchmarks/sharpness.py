@@ -270,7 +270,9 @@ def _memory() -> tuple[ctypes.CDLL | None, str]:
     if compiler is None:
         return None, "no C compiler"
     native = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
-    flags = ["-O3", "-ffast-math", native, "-fopenmp", "-shared", "-fPIC"]
+    # Sums in any order, but not -ffast-math: linked into a library, that would flush subnormal numbers everywhere.
+    loose = ["-fassociative-math", "-fno-signed-zeros", "-fno-trapping-math", "-fno-math-errno"]
+    flags = ["-O3", *loose, native, "-fopenmp", "-shared", "-fPIC"]
     with tempfile.TemporaryDirectory() as folder:
         source, library = Path(folder, "memory.c"), Path(folder, "memory.so")
         source.write_text(_C)
