@@ -237,6 +237,7 @@ def test_accelerate():
 
 def test_our_engine(tmp_path):
     """A recipe gives `run.update` the loss as a closure: as a loop by hand, also if it stops and resumes in between."""
+    pytest.importorskip("accelerate")  # the engine's
     from toy_method.recipe import Numbers, Regression
 
     from pyface.engine import Trainer
