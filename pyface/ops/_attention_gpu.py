@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyface.ops._deform_conv_gpu import DTYPE_CODES, tf32_allowed
+from pyface.ops._paths import address
 from pyface.ops.attention import TENSORS, _empty, _empty_lse, _rows
 
 
@@ -151,8 +152,7 @@ class Triton(_Attention):
 class Cuda(_Attention):
     """The core of the compiled module `pyface._cuda`: hands over addresses."""
 
-    def pointer(self, t: Tensor | None) -> int:
-        return 0 if t is None else t.data_ptr()
+    pointer = staticmethod(address)
 
     def where(self, x: Tensor) -> tuple[int, int]:
         return x.device.index, torch.cuda.current_stream(x.device).cuda_stream

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from pyface.ops._paths import address
 from pyface.ops.reference import deform_conv as reference
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
@@ -109,8 +110,7 @@ class Cuda:
     def __init__(self, module):
         self.module = module
 
-    def pointer(self, t: Tensor | None) -> int:
-        return 0 if t is None else t.data_ptr()
+    pointer = staticmethod(address)
 
     def where(self, x: Tensor) -> tuple[int, int]:
         return x.device.index, torch.cuda.current_stream(x.device).cuda_stream

@@ -18,6 +18,7 @@ from pathlib import Path
 from types import ModuleType
 
 import torch
+from torch import Tensor
 
 from pyface.errors import UserError
 
@@ -60,6 +61,18 @@ def load_module(name: str) -> tuple[ModuleType | None, str | None]:
         except ValueError as error:
             return None, f"PYFACE_CPU_ISA: {error}; this machine has {', '.join(module.isas())}"
     return module, None
+
+
+def loaded(name: str) -> ModuleType:
+    """The compiled module, for a path that the registry has found usable."""
+    module, reason = load_module(name)
+    assert module is not None, reason
+    return module
+
+
+def address(t: Tensor | None) -> int:
+    """Where a tensor's data lie; 0, a null pointer in the compiled modules, for None."""
+    return 0 if t is None else t.data_ptr()
 
 
 def triton_is_interpreted() -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyface.ops import _paths
-from pyface.ops._paths import Core, chosen_path
+from pyface.ops._paths import Core, address, chosen_path
 from pyface.ops._register import register
 from pyface.ops.reference import attention as reference
 
@@ -213,8 +213,8 @@ class _Cpu:
         call, held = self._call(*tensors, _rows(out), lse.contiguous(), is_causal, scale, grid_width, smooth)
         grad = _rows(grad)
         self.module.attention_backward(
-            *call, [_tuple(grad), *(_tuple(g) for g in grads[:3])], _address(grad_lse),
-            *(_address(p) for p in parts), _address(grads[6]), threads,
+            *call, [_tuple(grad), *(_tuple(g) for g in grads[:3])], address(grad_lse),
+            *(address(p) for p in parts), address(grads[6]), threads,
         )  # fmt: skip
         for part, g in zip(parts, grads[3:6], strict=True):
             if g is not None:
@@ -234,15 +234,11 @@ class _Cpu:
         sizes = (*query.shape[:3], key.shape[2], extras, query.shape[3], value.shape[3])
         tensors = [_tuple(t) for t in (query, key, value, extra_key, extra_value, out)]
         call = (
-            sizes, tensors, _address(extra_bias), (0, 0) if extra_bias is None else extra_bias.stride(), _address(lse),
-            _address(prior), grid_width, smooth, scale, _DTYPE_CODES[query.dtype],
+            sizes, tensors, address(extra_bias), (0, 0) if extra_bias is None else extra_bias.stride(), address(lse),
+            address(prior), grid_width, smooth, scale, _DTYPE_CODES[query.dtype],
             _DTYPE_CODES[query.dtype if extra_key is None else extra_key.dtype], is_causal,
         )  # fmt: skip
         return call, (query, key, value, extra_key, extra_value, extra_bias, prior, lse)  # alive until the call is over
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _rows(t: Tensor | None) -> Tensor | None:
@@ -258,18 +254,10 @@ def _tuple(t: Tensor | None) -> tuple[int, int, int, int]:
     return t.data_ptr(), 0 if len(t) == 1 else batch, head, row
 
 
-def _load_cpu() -> object:
-    module, reason = _paths.load_module("_cpu")
-    assert module is not None, reason  # the registry asked before loading
-    return _Cpu(module)
-
-
 def _load_cuda() -> object:
     from pyface.ops._attention_gpu import Cuda
 
-    module, reason = _paths.load_module("_cuda")
-    assert module is not None, reason
-    return Cuda(module)
+    return Cuda(_paths.loaded("_cuda"))
 
 
 def _load_triton() -> object:
@@ -289,7 +277,12 @@ CORE = Core(
         "triton": _TYPES,
         "cpu": _TYPES,  # float16 through copies in float32
     },
-    load={"cpu": _load_cpu, "cuda": _load_cuda, "triton": _load_triton, "reference": _reference},
+    load={
+        "cpu": lambda: _Cpu(_paths.loaded("_cpu")),
+        "cuda": _load_cuda,
+        "triton": _load_triton,
+        "reference": _reference,
+    },
 )
 
 # ---- the op ---------------------------------------------------------------------------------------------------------

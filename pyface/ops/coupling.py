@@ -243,12 +243,6 @@ class _Cuda(_Compiled):
         return (sums.data_ptr(),), sums
 
 
-def _load_compiled(name: str, kind: type) -> object:
-    module, reason = _paths.load_module(name)
-    assert module is not None, reason  # the registry asked before loading
-    return kind(module)
-
-
 def _load_triton() -> object:
     from pyface.kernels import coupling
 
@@ -267,8 +261,8 @@ CORE = Core(
         "triton": _GPU_PAIRS | {(pair[0],) for pair in _GPU_PAIRS},
     },
     load={
-        "cpu": lambda: _load_compiled("_cpu", _Cpu),
-        "cuda": lambda: _load_compiled("_cuda", _Cuda),
+        "cpu": lambda: _Cpu(_paths.loaded("_cpu")),
+        "cuda": lambda: _Cuda(_paths.loaded("_cuda")),
         "triton": _load_triton,
         "reference": _reference,
     },

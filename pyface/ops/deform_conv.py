@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyface.ops import _paths
-from pyface.ops._paths import Core, chosen_path
+from pyface.ops._paths import Core, address, chosen_path
 from pyface.ops._register import register
 from pyface.ops.reference import deform_conv as reference
 
@@ -160,8 +160,8 @@ class _Cpu:
         bias = None if bias is None else bias.contiguous()
         self.module.deform_conv(
             *_sizes(input, offset, weight, stride, padding, dilation), input.data_ptr(), input.stride(),
-            offset.data_ptr(), offset.stride(0), _address(mask), 0 if mask is None else mask.stride(0),
-            weight.data_ptr(), _address(bias), out.data_ptr(), not out.is_contiguous(),
+            offset.data_ptr(), offset.stride(0), address(mask), 0 if mask is None else mask.stride(0),
+            weight.data_ptr(), address(bias), out.data_ptr(), not out.is_contiguous(),
             _DTYPE_CODES[input.dtype], _DTYPE_CODES[offset.dtype], torch.get_num_threads(),
         )  # fmt: skip
         return out
@@ -176,16 +176,12 @@ class _Cpu:
         grad, offset, mask, weight = grad.contiguous(), _dense(offset), _dense(mask), weight.contiguous()
         self.module.deform_conv_backward(
             *_sizes(input, offset, weight, stride, padding, dilation), grad.data_ptr(), input.data_ptr(),
-            input.stride(), offset.data_ptr(), offset.stride(0), _address(mask), 0 if mask is None else mask.stride(0),
-            weight.data_ptr(), _address(grad_input), grad_input is not None and not grad_input.is_contiguous(),
-            _address(grad_offset), _address(grad_mask), _address(grad_weight),
+            input.stride(), offset.data_ptr(), offset.stride(0), address(mask), 0 if mask is None else mask.stride(0),
+            weight.data_ptr(), address(grad_input), grad_input is not None and not grad_input.is_contiguous(),
+            address(grad_offset), address(grad_mask), address(grad_weight),
             _DTYPE_CODES[input.dtype], _DTYPE_CODES[offset.dtype], torch.get_num_threads(),
         )  # fmt: skip
         return tuple(grads)
-
-
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
 
 
 def _dense(t: Tensor | None) -> Tensor | None:
@@ -200,18 +196,10 @@ def _sizes(input, offset, weight, stride, padding, dilation):
     return sizes, (*kernel, *stride, *padding, *dilation)
 
 
-def _load_cpu() -> object:
-    module, reason = _paths.load_module("_cpu")
-    assert module is not None, reason  # the registry asked before loading
-    return _Cpu(module)
-
-
 def _load_cuda() -> object:
     from pyface.ops._deform_conv_gpu import Cuda
 
-    module, reason = _paths.load_module("_cuda")
-    assert module is not None, reason
-    return Cuda(module)
+    return Cuda(_paths.loaded("_cuda"))
 
 
 def _load_triton() -> object:
@@ -233,7 +221,12 @@ CORE = Core(
         "cuda": _GPU_PAIRS,
         "triton": _GPU_PAIRS,
     },
-    load={"cpu": _load_cpu, "cuda": _load_cuda, "triton": _load_triton, "reference": _reference},
+    load={
+        "cpu": lambda: _Cpu(_paths.loaded("_cpu")),
+        "cuda": _load_cuda,
+        "triton": _load_triton,
+        "reference": _reference,
+    },
 )
 
 # ---- the ops --------------------------------------------------------------------------------------------------------

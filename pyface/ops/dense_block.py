@@ -77,8 +77,7 @@ def _order(x: Tensor) -> torch.memory_format:
 
 
 def _load_cpu():
-    module, reason = _paths.load_module("_cpu")
-    assert module is not None, reason  # the registry asked before loading
+    module = _paths.loaded("_cpu")
 
     def run(parts, weights, biases, negative_slope, compute):
         out = _empty(parts, weights)

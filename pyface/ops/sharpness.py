@@ -211,9 +211,7 @@ class Compiled(Listed):
 
 class _Cpu(Compiled):
     def __init__(self):
-        module, reason = _paths.load_module("_cpu")
-        assert module is not None, reason  # the registry asked before loading
-        super().__init__(module, 1)
+        super().__init__(_paths.loaded("_cpu"), 1)
 
     def where(self, some: Tensor) -> tuple[int, ...]:
         return (torch.get_num_threads(),)
@@ -229,7 +227,7 @@ def _triton() -> Listed:
 def _cuda() -> Listed:
     from pyface.ops._sharpness_gpu import Cuda
 
-    return Cuda(_paths.load_module("_cuda")[0])
+    return Cuda(_paths.loaded("_cuda"))
 
 
 class _Reference:

@@ -329,12 +329,6 @@ def _has_small_factors(size: int) -> bool:
     return size == 1
 
 
-def _load_compiled(name: str, kind: type) -> object:
-    module, reason = _paths.load_module(name)
-    assert module is not None, reason  # the registry asked before loading
-    return kind(module)
-
-
 def _load_triton() -> object:
     from pyface.kernels import spectral as kernels
 
@@ -347,8 +341,8 @@ CORE = Core(
     "spectral",
     dtypes={"cpu": _TYPES, "cuda": _TYPES, "triton": _TYPES},
     load={
-        "cpu": lambda: _load_compiled("_cpu", _Cpu),
-        "cuda": lambda: _load_compiled("_cuda", _Cuda),
+        "cpu": lambda: _Cpu(_paths.loaded("_cpu")),
+        "cuda": lambda: _Cuda(_paths.loaded("_cuda")),
         "triton": _load_triton,
         "reference": _Reference,
     },

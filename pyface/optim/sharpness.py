@@ -260,11 +260,11 @@ class SAM(Optimizer):
 
     def _fused_step(self, groups, momenta, dots: Sums | None, norms: Sums | None, flags: Tensor) -> None:
         """Group by group, with the sums of the rows that are the group's."""
-        sums = [values for values in ((dots, True), (norms, False)) if values[0] is not None]
+        sums = [(found.values, first) for found, first in ((dots, True), (norms, False)) if found is not None]
         rows = {True: 0, False: 0}
         for group, places, buffers in zip(self.param_groups, groups, momenta, strict=True):
             sgd = {k: group[k] for k in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
-            for (values, _), has_first in sums:
+            for values, has_first in sums:
                 mine = [n for n, place in enumerate(places) if (place.first is not None) is has_first]
                 if not mine:
                     continue
