@@ -212,10 +212,7 @@ bool takes_sharpness_types(DType weight, DType gradient) {
 void sharpness_sums(const SharpnessLists& lists, Address sums, Address nonfinite, bool adaptive, double eta, int threads) {
   const SharpnessCall call(lists.table, sums, nonfinite, {}, 0, 0, adaptive, eta);
   const std::int64_t bytes = PYFACE_CALL(sharpness_scratch, call.args);
-  with_scratch("sharpness", bytes, [&](void* scratch) {
-    call.args.nonfinite[0] = call.args.nonfinite[1] = 0;
-    PYFACE_CALL(sharpness_sums, call.args, scratch, threads);
-  });
+  with_scratch("sharpness", bytes, [&](void* scratch) { PYFACE_CALL(sharpness_sums, call.args, scratch, threads); });
 }
 
 void sharpness_perturb(const SharpnessLists& lists, Address sums, Address nonfinite, const std::vector<double>& rho,
@@ -294,10 +291,10 @@ PyObject* sharpness_run(PyObject*, PyObject* const* given, Py_ssize_t) try {
 
   if (takes) {
     const std::int64_t bytes = PYFACE_CALL(sharpness_scratch, args);
-    with_scratch("sharpness", bytes, [&](void* scratch) {
-      if (takes != 2) args.nonfinite[0] = args.nonfinite[1] = 0;
-      PYFACE_CALL(sharpness_sums, args, scratch, threads);
-    });
+    const float earlier[] = {args.nonfinite[0], args.nonfinite[1]};
+    with_scratch("sharpness", bytes, [&](void* scratch) { PYFACE_CALL(sharpness_sums, args, scratch, threads); });
+    for (int i = 0; i < 2; ++i)
+      if (takes == 2 && earlier[i] != 0) args.nonfinite[i] = earlier[i];
   }
   if (pass == kPerturb) PYFACE_CALL(sharpness_perturb, args, threads);
   if (pass == kRestore) PYFACE_CALL(sharpness_restore, args, threads);

@@ -174,6 +174,7 @@ void sharpness_sums(const Sharpness& s, void* scratch, int threads) {
   });
   double* all = s.sums + 3 * s.count;
   all[0] = all[1] = all[2] = 0;
+  s.nonfinite[0] = s.nonfinite[1] = 0;
   std::int64_t c = 0;
   for (std::int64_t p = 0; p < s.count; ++p) {
     const SharpnessTensor& t = s.tensors[p];

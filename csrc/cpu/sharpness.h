@@ -1,5 +1,5 @@
 // Entry points of the sharpness core, once per instruction set. Work runs on at most `threads` threads. `sums` needs a
-// buffer of sharpness_scratch() bytes, a multiple of 64 and aligned to 64; what is not finite is added to the flags.
+// buffer of sharpness_scratch() bytes, a multiple of 64 and aligned to 64.
 #pragma once
 
 #include "cpu/isa.h"
