@@ -205,8 +205,7 @@ void deform_conv_backward(const std::array<std::int64_t, 9>& sizes, const std::a
 
 // Of a weight and its gradient.
 bool takes_sharpness_types(DType weight, DType gradient) {
-  if (weight == DType::f16 || gradient == DType::f16) return false;
-  return weight == gradient || (weight == DType::f32 && gradient == DType::bf16);
+  return weight == gradient || (weight == DType::f32 && gradient != DType::f64);
 }
 
 void sharpness_sums(const SharpnessLists& lists, Address sums, Address nonfinite, bool adaptive, double eta, int threads) {

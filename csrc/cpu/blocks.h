@@ -31,6 +31,10 @@ PYFACE_INLINE float widen(bf16 v) {
   std::memcpy(&wide, &bits, sizeof wide);
   return wide;
 }
+PYFACE_INLINE float widen(f16 v) {
+  f16 numbers[Lanes<f32v>::count] = {v};  // as a vector has it
+  return load(numbers)[0];
+}
 
 PYFACE_INLINE f32v rounded(f32v v) { return (f32v)(round_to_bf16(v) << 16); }
 PYFACE_INLINE f64v rounded(f64v v) { return v; }

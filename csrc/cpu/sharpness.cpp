@@ -27,6 +27,9 @@ PYFACE_INLINE f64v load_double(const bf16* p) {
   const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i*)p));
   return (f64v)_mm512_cvtps_pd(_mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
 }
+PYFACE_INLINE f64v load_double(const f16* p) {
+  return (f64v)_mm512_cvtps_pd(_mm256_maskz_cvtph_ps(0xff, _mm_loadu_si128((const __m128i*)p)));
+}
 #else
 typedef float f32h __attribute__((vector_size(kVectorBytes / 2)));
 typedef std::uint32_t u32h __attribute__((vector_size(kVectorBytes / 2)));
@@ -41,6 +44,14 @@ PYFACE_INLINE f64v load_double(const bf16* p) {
   std::memcpy(&q, p, sizeof q);
   return __builtin_convertvector((f32h)(__builtin_convertvector(q, u32h) << 16), f64v);
 }
+PYFACE_INLINE f64v load_double(const f16* p) {
+  f16 numbers[Lanes<f32v>::count] = {};  // the upper half stays empty
+  std::memcpy(numbers, p, sizeof numbers / 2);
+  const f32v wide = load(numbers);
+  f32h h;
+  std::memcpy(&h, &wide, sizeof h);
+  return __builtin_convertvector(h, f64v);
+}
 #endif
 
 PYFACE_INLINE void narrow(double v, double* p) { *p = v; }
@@ -51,11 +62,23 @@ PYFACE_INLINE void narrow(float v, bf16* p) {
   p->bits = (std::uint16_t)(v == v ? (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16 : (bits >> 16) | 0x40u);
 }
 
+PYFACE_INLINE void narrow(float v, f16* p) {
+  f16 numbers[Lanes<f32v>::count];
+  store(numbers, f32v{v});
+  *p = numbers[0];
+}
+
 PYFACE_INLINE bool is_finite(double v) { return v - v == 0; }
 
 template <class T>
 PYFACE_INLINE void prefetch(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead);
+}
+
+template <class T>
+PYFACE_INLINE void prefetch_twice(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + 2048, 0, 2);
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + 512);
 }
 
 std::int64_t total_size(const Sharpness& a) {
@@ -96,7 +119,9 @@ template <class Body>
 PYFACE_INLINE void with_types(const SharpnessTensor& t, Body body) {
   if (t.grad_type == DType::f64) return body(Types<double, double>{});
   if (t.weight_type == DType::bf16) return body(Types<bf16, bf16>{});
+  if (t.weight_type == DType::f16) return body(Types<f16, f16>{});
   if (t.grad_type == DType::bf16) return body(Types<float, bf16>{});
+  if (t.grad_type == DType::f16) return body(Types<float, f16>{});
   return body(Types<float, float>{});
 }
 
@@ -107,38 +132,42 @@ enum class Sums { norm, adaptive, dots };
 
 template <Sums kind, class W, class G>
 void sum_chunk(const W* w, const G* x, const G* y, double eta, std::int64_t n, double* result) {
-  constexpr int lanes = Lanes<f64v>::count, unroll = 4;
-  f64v a[unroll] = {}, b[unroll] = {}, k[unroll] = {}, bad_x = {}, bad_y = {};
+  constexpr int lanes = Lanes<f64v>::count;
+  // Several places of the chunk in turn, some lines of memory each: that is read faster than one place. A line is asked for
+  // twice, of the memory and then of the second cache, as the conversions leave the processor little room to look ahead.
+  constexpr int places = 4, line = 64 / (int)sizeof(G), turn = 4 * line;
   constexpr bool doubles = sizeof(G) == sizeof(double);
-  auto take = [&](int j, f64v xv, f64v yv) __attribute__((always_inline)) {
+  f64v a[places] = {}, b[places] = {}, k[places] = {}, bad_x = {}, bad_y = {};
+  auto take = [&](int j, f64v wv, f64v xv, f64v yv) __attribute__((always_inline)) {
+    if (doubles) bad_x += xv - xv, bad_y += yv - yv;
+    if (kind == Sums::adaptive) yv *= absolute(wv) + eta;
     if (kind == Sums::dots) a[j] += xv * xv, k[j] += xv * yv;
     b[j] += yv * yv;
   };
-  // Two halves of the chunk at once: two places in memory are read faster than one.
-  const std::int64_t half = n / (unroll * lanes) * (unroll / 2 * lanes);
-  for (std::int64_t at = 0; at < half; at += unroll / 2 * lanes) {
-    for (int j = 0; j < unroll; ++j) {
-      const std::int64_t i = at + j / 2 * half + j % 2 * lanes;
-      if (j % 2 == 0) prefetch(y + i);
-      if (j % 2 == 0 && kind == Sums::dots) prefetch(x + i);
-      f64v yv = load_double(y + i), xv = {};
-      if (kind == Sums::dots) xv = load_double(x + i);
-      if (doubles) bad_x += xv - xv, bad_y += yv - yv;
-      if (kind == Sums::adaptive) yv *= absolute(load_double(w + i)) + eta;
-      take(j, xv, yv);
-    }
-  }
-  std::int64_t i = 2 * half;
+  auto take_vector = [&](int j, std::int64_t i) __attribute__((always_inline)) {
+    f64v wv = {}, xv = {};
+    if (kind == Sums::adaptive) wv = load_double(w + i);
+    if (kind == Sums::dots) xv = load_double(x + i);
+    take(j, wv, xv, load_double(y + i));
+  };
+  const std::int64_t part = n / (places * turn) * turn;
+  for (std::int64_t at = 0; at < part; at += turn)
+    for (int j = 0; j < places; ++j)
+      for (int next = 0; next < turn; next += line) {
+        const std::int64_t i = j * part + at + next;
+        prefetch_twice(y + i);
+        if (kind == Sums::adaptive) prefetch_twice(w + i);
+        if (kind == Sums::dots) prefetch_twice(x + i);
+        for (int v = 0; v < line; v += lanes) take_vector(j, i + v);
+      }
+  std::int64_t i = places * part;
+  for (int j = 0; i + lanes <= n; i += lanes, j = (j + 1) % places) take_vector(j, i);
   for (; i < n; ++i) {  // one element in lane 0
-    f64v xv = {}, yv = {};
-    yv[0] = widen(y[i]);
+    f64v wv = {}, xv = {}, yv = {};
+    if (kind == Sums::adaptive) wv[0] = widen(w[i]);
     if (kind == Sums::dots) xv[0] = widen(x[i]);
-    if (doubles) bad_x += xv - xv, bad_y += yv - yv;
-    if (kind == Sums::adaptive) {
-      const double wide = widen(w[i]);
-      yv[0] *= (wide < 0 ? -wide : wide) + eta;
-    }
-    take(0, xv, yv);
+    yv[0] = widen(y[i]);
+    take(0, wv, xv, yv);
   }
   result[0] = sum_lanes((a[0] + a[1]) + (a[2] + a[3]));
   result[1] = sum_lanes((b[0] + b[1]) + (b[2] + b[3]));

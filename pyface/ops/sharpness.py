@@ -296,12 +296,12 @@ class _Reference:
 _CPU_TYPES = {  # of weight and gradient
     (torch.float32, torch.float32),
     (torch.float32, torch.bfloat16),
+    (torch.float32, torch.float16),
     (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
     (torch.float64, torch.float64),
 }
 _GPU_TYPES = _CPU_TYPES | {
-    (torch.float32, torch.float16),
-    (torch.float16, torch.float16),
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float32),
 }

@@ -17,8 +17,8 @@
 
 namespace pyface {
 
-// Types of (weight, saved, m) and of (x, y): (f32, f32), (f32, bf16), (bf16, bf16), (f64, f64). Pointers a pass does not
-// use are null.
+// Types of (weight, saved, m) and of (x, y): (f32, f32), (f32, bf16), (f32, f16), (bf16, bf16), (f16, f16), (f64, f64); the
+// CUDA core also has (bf16, f32) and (f16, f32). Pointers a pass does not use are null.
 struct SharpnessTensor {
   void* weight;
   void* saved;
