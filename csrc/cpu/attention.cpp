@@ -103,14 +103,14 @@ PYFACE_INLINE const T* row_of(const AttentionTensor& t, std::int64_t b, std::int
 // no more can be on their way at once. More rows than `kAhead` are left to the hardware, which follows them well once they
 // have begun.
 constexpr std::int64_t kAhead = 256;
-constexpr int kLines = 16;  // for every tile of a product
+constexpr int kLines = 20;  // for every tile of a product
 
 class Ahead {
  public:
   template <class T>
   void add(const AttentionTensor& t, std::int64_t b, std::int64_t h, std::int64_t first, std::int64_t count,
-           std::int64_t columns) {
-    Part p{(const char*)row_of<T>(t, b, h, first), t.strides[2] * (std::int64_t)sizeof(T), smaller(count, kAhead), 0};
+           std::int64_t columns, bool written = false) {
+    Part p{(const char*)row_of<T>(t, b, h, first), t.strides[2] * (std::int64_t)sizeof(T), smaller(count, kAhead), 0, written};
     const std::int64_t bytes = columns * (std::int64_t)sizeof(T);
     if (p.stride == bytes && p.rows > 0) p.lines = ceil_div(p.rows * bytes, 64), p.rows = 1;
     if (!p.lines) p.lines = ceil_div(bytes, 64);
@@ -120,7 +120,10 @@ class Ahead {
   void some(int lines) {
     for (; lines > 0 && part_ < count_; --lines) {
       Part& p = parts_[part_];
-      __builtin_prefetch(p.at + 64 * line_, 0, 2);
+      if (p.written)
+        __builtin_prefetch(p.at + 64 * line_, 1);
+      else
+        __builtin_prefetch(p.at + 64 * line_, 0, 2);
       if (++line_ < p.lines) continue;
       line_ = 0, p.at += p.stride;
       if (--p.rows == 0) ++part_;
@@ -131,8 +134,9 @@ class Ahead {
   struct Part {
     const char* at;
     std::int64_t stride, rows, lines;
+    bool written;
   };
-  Part parts_[5];
+  Part parts_[8];
   int part_ = 0, count_ = 0;
   std::int64_t line_ = 0;
 };
@@ -167,18 +171,18 @@ void point_list(const AttentionCall& a, const AttentionTensor& extra, const Atte
 
 // out[column][lane] = factor * rows[lane][column], zero for lanes from `count` on.
 template <class C>
-void pack(const C* const* rows, std::int64_t count, std::int64_t columns, C factor, std::int64_t pitch, C* out) {
+void pack(const C* const* rows, std::int64_t count, std::int64_t columns, C factor, std::int64_t pitch, C* out, Ahead& next) {
   typedef Vector<C> V;
   constexpr int W = Lanes<V>::count;
   for (std::int64_t i = 0; i < pitch; i += W) {
     std::int64_t e = 0;
-    if (i + W <= count)
-      for (; e + W <= columns; e += W) {
-        V block[W];
-        for (int k = 0; k < W; ++k) block[k] = load(rows[i + k] + e) * factor;
-        transpose<V>(block);
-        for (int k = 0; k < W; ++k) store(out + (e + k) * pitch + i, block[k]);
-      }
+    for (; e + W <= columns; e += W) {
+      next.some(4);
+      V block[W] = {};
+      for (int k = 0; k < W && i + k < count; ++k) block[k] = load(rows[i + k] + e) * factor;
+      transpose<V>(block);
+      for (int k = 0; k < W; ++k) store(out + (e + k) * pitch + i, block[k]);
+    }
     for (; e < columns; ++e)
       for (int k = 0; k < W; ++k) out[e * pitch + i + k] = i + k < count ? rows[i + k][e] * factor : (C)0;
   }
@@ -669,9 +673,9 @@ struct ForwardRows {
     rows = c.take<const C*>(larger(kBlock, pitch));
   }
 
-  void take_queries(const AttentionCall& a, const Block& q, std::int64_t b, std::int64_t h) const {
+  void take_queries(const AttentionCall& a, const Block& q, std::int64_t b, std::int64_t h, Ahead& next) const {
     point(a.query, a.type, b, h, q.first, q.first + q.count, a.depth, wide, rows);
-    pack(rows, q.count, a.depth, (C)a.scale, q.pitch, query);
+    pack(rows, q.count, a.depth, (C)a.scale, q.pitch, query, next);
   }
 
   void score(const AttentionCall& a, const Block& q, std::int64_t b, std::int64_t h, std::int64_t n0, std::int64_t n1, C* st,
@@ -725,7 +729,7 @@ struct ForwardPairs {
     rows = c.take<bf16>(kBlock * larger(depth, width)), columns = c.take<bf16>(width * kBlock);
   }
 
-  void take_queries(const AttentionCall& a, const Block& q, std::int64_t b, std::int64_t h) const {
+  void take_queries(const AttentionCall& a, const Block& q, std::int64_t b, std::int64_t h, Ahead&) const {
     pack_pairs(a.query, b, h, q, a.depth, depth, query);
   }
 
@@ -788,7 +792,7 @@ void forward_block(const AttentionCall& a, const Block& q, std::int64_t b, std::
   typedef Vector<C> V;
   constexpr int W = Lanes<V>::count;
   const C infinite = std::numeric_limits<C>::infinity();
-  s.products.take_queries(a, q, b, h);
+  s.products.take_queries(a, q, b, h, next);
   for (int v = 0; v < q.vectors; ++v) store(s.most + v * W, splat<V>(-infinite)), store(s.sum + v * W, V{});
   for (std::int64_t i = 0; i < a.width * q.pitch; i += W) store(s.result + i, V{});
   const std::int64_t end = q.some(a, q.vectors - 1, W);
@@ -877,15 +881,18 @@ void run_forward(const AttentionCall& a, void* scratch, int threads) {
 // `weights` are those of row n0.
 template <class C>
 void collect(const AttentionCall& a, const Block& q, std::int64_t n0, std::int64_t n1, const C* weights, const C* const* rows,
-             std::int64_t columns, C factor, bool add, C* const* grads) {
+             std::int64_t columns, C factor, bool add, C* const* grads, Ahead& next) {
   const auto first = [&](std::int64_t n) -> std::int64_t {
     return !a.causal || n < a.extras ? 0 : larger(0, n - a.extras - (a.keys - a.queries) - q.first);
   };
+  if (n0 >= n1) return;
   std::int64_t n = n0;
   const auto some = [&](auto keys) {
     constexpr int K = decltype(keys)::value;
-    for (; n + K <= n1; n += K)
+    for (; n + K <= n1; n += K) {
+      next.some(2 * kLines);
       scatter_keys<C, K>(weights + (n - n0) * q.pitch, q.pitch, rows, first(n), q.count, columns, factor, add, grads + n);
+    }
   };
   if (!a.causal || finite(rows, q.count, columns)) some(Number<kVectorBytes == 64 ? 6 : 4>{}), some(Number<2>{});
   some(Number<1>{});
@@ -945,12 +952,12 @@ struct BackwardRows {
     }
   }
 
-  void take_queries(const AttentionCall& a, const AttentionBackward& w, const Block& q, std::int64_t b,
-                    std::int64_t h) const {
+  void take_queries(const AttentionCall& a, const AttentionBackward& w, const Block& q, std::int64_t b, std::int64_t h,
+                    Ahead& next) const {
     point(a.query, a.type, b, h, q.first, q.first + q.count, a.depth, wide_query, query_rows);
-    pack(query_rows, q.count, a.depth, (C)a.scale, q.pitch, query);
+    pack(query_rows, q.count, a.depth, (C)a.scale, q.pitch, query, next);
     point(w.grad_out, a.type, b, h, q.first, q.first + q.count, a.width, wide_grad, grad_rows);
-    pack(grad_rows, q.count, a.width, (C)1, q.pitch, grad);
+    pack(grad_rows, q.count, a.width, (C)1, q.pitch, grad, next);
   }
 
   void score(const AttentionCall& a, const Block& q, std::int64_t b, std::int64_t h, std::int64_t n0, std::int64_t n1, C* st,
@@ -995,12 +1002,13 @@ struct BackwardRows {
   }
 
   void add_rows(const AttentionCall& a, const AttentionBackward&, const Wanted& wanted, const Block& q, std::int64_t,
-                std::int64_t, std::int64_t n0, std::int64_t n1, const C* st, const C* steps, std::int64_t written) const {
+                std::int64_t, std::int64_t n0, std::int64_t n1, const C* st, const C* steps, std::int64_t written,
+                Ahead& next) const {
     const std::int64_t fresh = smaller(n1, larger(n0, written));  // from here on nothing has been written yet
     for (const bool add : {true, false}) {
       const std::int64_t low = add ? n0 : fresh, high = add ? fresh : n1, at = (low - n0) * q.pitch;
-      if (wanted.values) collect(a, q, low, high, st + at, grad_rows, a.width, (C)1, add, value_grads);
-      if (wanted.keys) collect(a, q, low, high, steps + at, query_rows, a.depth, (C)a.scale, add, key_grads);
+      if (wanted.values) collect(a, q, low, high, st + at, grad_rows, a.width, (C)1, add, value_grads, next);
+      if (wanted.keys) collect(a, q, low, high, steps + at, query_rows, a.depth, (C)a.scale, add, key_grads, next);
     }
   }
 
@@ -1059,7 +1067,8 @@ struct BackwardPairs {
     std::memset(grad_values, 0, list_end * width * sizeof(float));
   }
 
-  void take_queries(const AttentionCall& a, const AttentionBackward& w, const Block& q, std::int64_t b, std::int64_t h) {
+  void take_queries(const AttentionCall& a, const AttentionBackward& w, const Block& q, std::int64_t b, std::int64_t h,
+                    Ahead&) {
     pack_pairs(a.query, b, h, q, a.depth, depth, query), pair_rows(a.query, b, h, q, a.depth, depth, query_pairs);
     pack_pairs(w.grad_out, b, h, q, a.width, width, grad), pair_rows(w.grad_out, b, h, q, a.width, width, grad_pairs);
     strays = false;
@@ -1095,7 +1104,7 @@ struct BackwardPairs {
         finish_scores<false>(a, b, h, q, v, n0, stop, st);
     }
     for (std::int64_t n = n0; n < n1; n += 2) {
-      next.some(4);
+      next.some(6);
       f32v d[2] = {};
       for (int k = 0; k < 2 && n + k < n1; ++k) {
         const std::int64_t at = (n + k - n0) * q.pitch + v * kPairLanes, row = (n + k - n0) * queries + v * kPairLanes;
@@ -1115,7 +1124,7 @@ struct BackwardPairs {
   }
 
   void add_rows(const AttentionCall& a, const AttentionBackward& w, const Wanted& wanted, const Block& q, std::int64_t b,
-                std::int64_t h, std::int64_t n0, std::int64_t n1, const float*, const float*, std::int64_t) const {
+                std::int64_t h, std::int64_t n0, std::int64_t n1, const float*, const float*, std::int64_t, Ahead&) const {
     const auto add = [&](bf16* from, const bf16_pair* x, const AttentionTensor& rows, std::int64_t columns, std::int64_t pitch,
                          float* to) {
       const std::int64_t queries = round_up(q.pitch, kTurn);
@@ -1185,22 +1194,21 @@ void backward_block(const AttentionCall& a, const AttentionBackward& w, const Wa
   constexpr int W = Lanes<V>::count;
   const std::int64_t head = b * a.heads + h;
   const bool steps = wanted.steps;
-  s.products.take_queries(a, w, q, b, h);
-  for (std::int64_t i = 0; i < q.pitch; ++i) {
-    C sum = 0;
-    s.lse[i] = 0;
-    if (i < q.count) {
-      const T *out = row_of<T>(a.out, b, h, q.first + i), *grad = row_of<T>(w.grad_out, b, h, q.first + i);
-      V sums{};
+  s.products.take_queries(a, w, q, b, h, next);
+  for (std::int64_t i = 0; i < q.pitch; i += W) {
+    const std::int64_t at = head * a.queries + q.first + i, count = q.count - i;
+    V sums[W] = {};
+    for (int k = 0; k < W && k < count; ++k) {
+      next.some(2);
+      const T *out = row_of<T>(a.out, b, h, q.first + i + k), *grad = row_of<T>(w.grad_out, b, h, q.first + i + k);
       std::int64_t e = 0;
-      for (; e + W <= a.width; e += W) sums += load(out + e) * load(grad + e);
-      sum = sum_lanes(sums);
-      for (; e < a.width; ++e) sum += (C)widen(out[e]) * (C)widen(grad[e]);
-      const std::int64_t at = head * a.queries + q.first + i;
-      if (w.grad_lse) sum -= ((const C*)w.grad_lse)[at];
-      s.lse[i] = ((const C*)a.lse)[at];
+      for (; e + W <= a.width; e += W) sums[k] += load(out + e) * load(grad + e);
+      if (e < a.width) sums[k] += load_some(out + e, 1, a.width - e) * load_some(grad + e, 1, a.width - e);
     }
-    s.delta[i] = sum;
+    V delta = reduce(sums);
+    if (w.grad_lse) delta -= load_some((const C*)w.grad_lse + at, 1, count);
+    store(s.delta + i, delta);
+    store(s.lse + i, load_some((const C*)a.lse + at, 1, count));
   }
   if (w.grad_query.data)
     for (std::int64_t i = 0; i < a.depth * q.pitch; i += W) store(s.grad_query + i, V{});
@@ -1230,7 +1238,7 @@ void backward_block(const AttentionCall& a, const AttentionBackward& w, const Wa
         for (int k = 0; k < 4; ++k) store(s.grad_prior + k * q.pitch + v * W, sums[k]);
       }
     }
-    s.products.add_rows(a, w, wanted, q, b, h, n0, n1, s.scores, s.steps, written);
+    s.products.add_rows(a, w, wanted, q, b, h, n0, n1, s.scores, s.steps, written, next);
     written = larger(written, n1);
     if (w.grad_bias)
       for (std::int64_t n = n0; n < smaller(n1, a.extras); ++n) {
@@ -1280,12 +1288,14 @@ void run_backward(const AttentionCall& a, const AttentionBackward& w, void* scra
         [&](char* mine, std::int64_t head, std::int64_t next) {
           const std::int64_t b = head / a.heads, h = head % a.heads;
           Ahead ahead;
-          if (whole && next < a.batch * a.heads) {
+          if (next < a.batch * a.heads) {
             const std::int64_t nb = next / a.heads, nh = next % a.heads;
             for (const AttentionTensor* t : {&a.query, &w.grad_out, &a.out})
               ahead.add<T>(*t, nb, nh, 0, a.queries, t == &a.query ? a.depth : a.width);
-            ahead.add<T>(a.key, nb, nh, 0, a.keys, a.depth);
-            ahead.add<T>(a.value, nb, nh, 0, a.keys, a.width);
+            if (whole) ahead.add<T>(a.key, nb, nh, 0, a.keys, a.depth), ahead.add<T>(a.value, nb, nh, 0, a.keys, a.width);
+            if (w.grad_query.data) ahead.add<T>(w.grad_query, nb, nh, 0, a.queries, a.depth, true);
+            if (w.grad_key.data) ahead.add<T>(w.grad_key, nb, nh, 0, a.keys, a.depth, true);
+            if (w.grad_value.data) ahead.add<T>(w.grad_value, nb, nh, 0, a.keys, a.width, true);
           }
           backward_head<Products, T>(a, w, p, b, h, list_end, mine, ahead);
         });

@@ -197,18 +197,6 @@ void multiply(std::int64_t rows, std::int64_t vectors, const T* a, const T* b, s
     }
 }
 
-// The sum of each of as many vectors as they have lanes, the i-th in lane i.
-template <class V>
-PYFACE_INLINE V reduce(V v[Lanes<V>::count]) {
-  for (int n = Lanes<V>::count / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) {
-      V low, high;
-      interleave(v[i], v[i + n], low, high);
-      v[i] = low + high;
-    }
-  return v[0];
-}
-
 // ---- images ---------------------------------------------------------------------------------------------------------
 
 // Without rounding: v holds bf16 numbers.
