@@ -99,7 +99,7 @@ def _check_sums(op: str, count: int, sums: Tensor, nonfinite: Tensor) -> None:
         raise ValueError(f"{op}: sums.nonfinite must be float32 Tensor[2], got {nonfinite.dtype} {nonfinite.shape}")
 
 
-def _check_rule(op: str, rule: str, parameters: dict[str, float]) -> tuple[float, float]:
+def _check_rule(op: str, rule: str, parameters: dict) -> tuple:
     if rule not in RULES:
         raise ValueError(f"{op}: no rule is called {rule!r}; the rules are {', '.join(RULES)}")
     if set(parameters) != set(RULES[rule]):
@@ -108,8 +108,7 @@ def _check_rule(op: str, rule: str, parameters: dict[str, float]) -> tuple[float
         )
     if rule == "constrained" and not parameters["lower"] <= parameters["upper"]:
         raise ValueError(f"{op}: lower must not be above upper, got {parameters['lower']} and {parameters['upper']}")
-    values = [float(parameters[name]) for name in RULES[rule]]
-    return (*values, 0.0, 0.0)[:2]
+    return (*(parameters[name] for name in RULES[rule]), 0.0, 0.0)[:2]
 
 
 def _granularity(op: str, rule: str, granularity: str | None) -> bool:
@@ -355,13 +354,15 @@ def _dots_fake(xs, ys, path):
     return _norm_fake(ys, None, 0.0, path)
 
 
-def _check_rhos(rhos, weights):
+def _check_rhos(op, rhos, weights):
     if len(rhos) != len(weights):
-        raise ValueError(f"perturb_: rho must be one number or one per tensor ({len(weights)}), got {len(rhos)}")
+        raise ValueError(f"{op}: rho must be one number or one per tensor ({len(weights)}), got {len(rhos)}")
+    if not all(isinstance(r, Tensor) or 0 <= r < float("inf") for r in set(rhos)):
+        raise ValueError(f"{op}: rho must be finite and not negative, got {rhos}")
 
 
 def _perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
-    _check_rhos(rho, weights)
+    _check_rhos("perturb_", rho, weights)
     _check("perturb_", weights=weights, saved=saved, ys=ys)
     _check_types("perturb_", weights, saved)
     _check_sums("perturb_", len(ys), sums, nonfinite)
@@ -534,9 +535,7 @@ def perturb_(
         eta: not None: the ascent of ASAM, y times (|w| + eta)²; `sums` must then be taken with the weights.
     """
     rhos = [float(rho)] * len(weights) if isinstance(rho, int | float) else list(map(float, rho))
-    _check_rhos(rhos, weights)
-    if not all(0 <= r < float("inf") for r in set(rhos)):
-        raise ValueError(f"perturb_: rho must be finite and not negative, got {rho}")
+    _check_rhos("perturb_", rhos, weights)
     _perturb_op(
         list(weights),
         list(saved),
@@ -589,7 +588,7 @@ def multi_combine_(
             ``constrained``, else "global", as the papers have it.
         parameters: of the rule, by the names of the table.
     """
-    p0, p1 = _check_rule("multi_combine_", rule, parameters)
+    p0, p1 = map(float, _check_rule("multi_combine_", rule, parameters))
     per_tensor = _granularity("multi_combine_", rule, granularity)
     _combine_op(list(xs), list(ys), sums.values, sums.nonfinite, rule, p0, p1, per_tensor, chosen_path())
 
@@ -623,7 +622,7 @@ def multi_step_(
         sums, rule, granularity, parameters: as in :func:`multi_combine_`. Where a gradient is not finite the
             weights are restored and nothing else happens.
     """
-    p0, p1 = _check_rule("multi_step_", rule, parameters)
+    p0, p1 = map(float, _check_rule("multi_step_", rule, parameters))
     if bool(momenta) != (momentum != 0) and len(weights):
         raise ValueError(
             f"multi_step_: momentum {momentum} needs {'a buffer per weight' if momentum else 'no buffers'}, "
@@ -635,3 +634,69 @@ def multi_step_(
         per_tensor, float(lr), float(momentum), float(dampening), float(weight_decay), nesterov, maximize, first,
         chosen_path(),
     )  # fmt: skip
+
+
+# ---- out of place ---------------------------------------------------------------------------------------------------
+
+
+def perturb(
+    weights: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    rho: float | Tensor | Sequence[float | Tensor],
+    *,
+    eps: float = 1e-12,
+    shrink: float | Tensor = 0.0,
+    eta: float | None = None,
+) -> list[Tensor]:
+    """The weights that :func:`perturb_` would leave, as new tensors with gradients: for meta-learning.
+
+    Plain tensor code, whatever the path: it takes any order of derivatives, forward mode, torch.func and
+    torch.compile, and keeps float64 copies of its lists for the backward pass. With C the cotangents, <, > over the
+    whole lists and n = sqrt(<y, y>)::
+
+        dw = C,  dy = (rho/(n + eps) - shrink) C - rho <C, y> y / (n (n + eps)^2),  drho = <C, y> / (n + eps)
+
+    Where y is 0 or not finite nothing moves, and C goes to the weights alone.
+
+    Args:
+        weights, ys: T tensors each, shaped alike.
+        rho: one length or one per tensor; a Tensor[] or Tensor[T] has a gradient, and is taken as it is: to look
+            whether it is negative would wait for the device.
+        eps, shrink, eta: as in :func:`perturb_`; shrink may be a Tensor[].
+
+    Returns:
+        T tensors, shaped and typed like the weights.
+    """
+    weights, ys = list(weights), list(ys)
+    _check("perturb", weights=weights, ys=ys)
+    one = isinstance(rho, int | float) or (isinstance(rho, Tensor) and not rho.dim())
+    rhos = [rho] * len(weights) if one else list(rho)
+    _check_rhos("perturb", rhos, weights)
+    return reference.perturbed(weights, ys, rhos, eps, shrink, eta) if weights else []
+
+
+def multi_combine(
+    xs: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    rule: str,
+    *,
+    granularity: str | None = None,
+    **parameters: float | Tensor,
+) -> list[Tensor]:
+    """G of :func:`multi_combine_` as new tensors with gradients; like :func:`perturb`, plain tensor code.
+
+    u and v are differentiated with the sums they follow from; the choice of a case is constant. Where a or b is 0, and
+    where an element is not finite, G is x, and so is its gradient.
+
+    Args:
+        xs, ys: T tensors each, shaped alike.
+        rule, granularity, parameters: as in :func:`multi_combine_`; t and alpha may be a Tensor[] with a gradient.
+
+    Returns:
+        T tensors, shaped and typed like the xs.
+    """
+    xs, ys = list(xs), list(ys)
+    p0, p1 = _check_rule("multi_combine", rule, parameters)
+    per_tensor = _granularity("multi_combine", rule, granularity)
+    _check("multi_combine", xs=xs, ys=ys)
+    return reference.combination(xs, ys, rule, p0, p1, per_tensor) if xs else []
