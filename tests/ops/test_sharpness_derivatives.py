@@ -230,7 +230,7 @@ def test_compiles_as_one_graph():
     compiled = torch.compile(both, fullgraph=True, backend="aot_eager")
     results = []
     for f in (both, compiled):
-        rho = torch.tensor(0.3, requires_grad=True)
+        rho = torch.tensor([0.3, 0.1, 0.2], requires_grad=True)
         found = f(rho, w, x, y)
         results.append([*found, *torch.autograd.grad(sum(t.sum() for t in found), [rho, *w, *x, *y])])
     for a, b in zip(*results, strict=True):
