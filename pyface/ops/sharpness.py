@@ -42,7 +42,8 @@ class Sums(NamedTuple):
 
     Attributes:
         values: Tensor[T + 1, 3] float64, of each tensor and (last row) of all: the sums of x², y², xy.
-        nonfinite: Tensor[2] float32: 1 where an x, a y has an element that is not finite, else 0.
+        nonfinite: Tensor[2] float32: 1 where an x, a y has an element that is not finite, else 0. In a norm taken with
+            weights the second looks at them too.
     """
 
     values: Tensor
@@ -594,7 +595,8 @@ def perturb_(
 ) -> Sums:
     """Saves the weights, then moves them uphill: w += (rho / (sqrt(b) + eps) - shrink) y, b = sum of y² over all.
 
-    Where b is 0 or an element of ys is not finite, the weights keep their bits. (SAM, arXiv:2010.01412, equation 2.)
+    Where b is 0 or an element of ys (with `eta` also: of the weights) is not finite, the weights keep their bits. (SAM,
+    arXiv:2010.01412, equation 2.)
 
     Args:
         weights: T tensors, changed in place.

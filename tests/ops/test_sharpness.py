@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sharpness_expected import RULES, TYPES, make, rule_expected
+from sharpness_expected import RULES, TYPES, check_nonfinite_weights, make, rule_expected
 
 import pyface
 from pyface.ops import multi_combine_, multi_dots, multi_norm, multi_step_, paths, perturb_, restore_
+from pyface.ops.sharpness import CORE
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -118,6 +119,11 @@ def test_nonfinite_gradients_change_nothing(path, dtype, value, position):
         multi_step_(w, saved, xs, ys, None, sums, "gsam", alpha=0.4, lr=1.0)
         assert all(torch.equal(a, b) for a, b in zip(w, before, strict=True))
         bad[-1][position] = kept
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_weights_that_are_not_finite_stop_the_adaptive_ascent(path, dtype):
+    check_nonfinite_weights(CORE.pick("cpu", (dtype, dtype), path), dtype)
 
 
 def test_large_and_small_values_are_finite(path):
