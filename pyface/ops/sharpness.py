@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -90,6 +91,25 @@ def _check_types(op: str, weights: Sequence[Tensor], others: Sequence[Tensor]) -
     for w, other in zip(weights, others, strict=False):
         if w.dtype != other.dtype:
             raise TypeError(f"{op}: saved weights and momenta must have the weight's type {w.dtype}, got {other.dtype}")
+
+
+def check_apart(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """Refuses tensors that share memory: a second one would be saved when the first has moved it.
+
+    The compiled modules read plain lists without this. A tensor with gaps, or of a class of its own, is not looked at.
+    """
+    spans = [
+        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), p)
+        for p, t in enumerate(tensors)
+        if type(t) in (Tensor, torch.nn.Parameter) and (t.is_cpu or t.is_cuda) and t.numel() and _is_dense(t)
+    ]
+    spans.sort()
+    for (_, end, p), (begin, _, q) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError(
+                f"{op}: {name}[{p}] and {name}[{q}] share memory; list it once. What is tied must be one "
+                "nn.Parameter, whose gradient is then the sum"
+            )
 
 
 def _check_sums(op: str, count: int, sums: Tensor, nonfinite: Tensor) -> None:
@@ -418,6 +438,7 @@ def _perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
     _check_rhos("perturb_", rho, weights)
     _check("perturb_", weights=weights, saved=saved, ys=ys)
     _check_types("perturb_", weights, saved)
+    check_apart("perturb_", "weights", weights)
     _check_sums("perturb_", len(ys), sums, nonfinite)
     if weights:
         _pick(path, weights, ys).perturb_(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta)
@@ -459,6 +480,7 @@ def _step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_te
     _check("multi_step_", weights=weights, saved=saved, xs=xs, ys=ys, **({"momenta": momenta} if momenta else {}))
     for others in (saved, momenta):
         _check_types("multi_step_", weights, others)
+    check_apart("multi_step_", "weights", weights)
     _check_sums("multi_step_", len(ys), sums, nonfinite)
     if weights:
         run = _pick(path, weights, xs, ys)
@@ -599,7 +621,7 @@ def perturb_(
     arXiv:2010.01412, equation 2.)
 
     Args:
-        weights: T tensors, changed in place.
+        weights: T tensors that share no memory, changed in place.
         ys: T gradients shaped like them.
         saved: T tensors shaped and typed like the weights, which receive their bits.
         sums: of :func:`multi_norm` over ys; None: taken here, which looks at every list once instead of twice.
@@ -690,7 +712,7 @@ def multi_step_(
     """:func:`restore_`, :func:`multi_combine_` and a step of SGD in one pass; G is never stored.
 
     Args:
-        weights, saved, xs, ys: T tensors each, shaped alike. Only the weights are written.
+        weights, saved, xs, ys: T tensors each, shaped alike. Only the weights are written; they share no memory.
         momenta: T buffers typed like the weights, written in place; None or empty with momentum 0.
         first: the buffers hold nothing yet: they become the gradient, as in torch.optim.SGD.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.

@@ -226,6 +226,14 @@ def test_bad_input_is_refused():
         multi_dots(a, [torch.ones(4)])
     with pytest.raises(ValueError, match="equally long"):
         multi_dots(a, [])
+    whole = torch.ones(8)
+    for parts in ([whole, whole], [whole[:5], whole[4:]]):
+        again = [t.clone() for t in parts]
+        with paths("reference"), pytest.raises(ValueError, match="share memory"):
+            perturb_(parts, again, again, None, 0.1)
+        with paths("reference"), pytest.raises(ValueError, match="share memory"):
+            multi_step_(parts, again, again, again, None, None, "second", lr=0.1)
+    assert torch.equal(whole, torch.ones(8))
     with pytest.raises(ValueError, match="no rule"):
         multi_combine_(a, a, sums, "best")
     with pytest.raises(ValueError, match="rho"):
