@@ -346,7 +346,7 @@ def test_a_nan_reaches_those_who_see_it_and_no_other(isa, where, dtype):
 @pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("what", [math.nan, INF], ids=str)
 def test_gradients_of_what_a_nan_does_not_reach(isa, dtype, what):
-    """Key and value j of the last part are spoiled: queries before j, and the keys that only they see, know nothing of it."""
+    """What is spoiled from row j on, queries before j and the keys behind them know nothing of."""
     shape, j = (1, 2, 150, 150, 40, 33, 3, True), 140
     tensors = sample(shape, dtype)
     grad = torch.randn(1, 2, 150, 33, dtype=F64)
