@@ -22,10 +22,10 @@ namespace {
 
 constexpr int kVectors = kVectorBytes == 64 ? 5 : 2;  // of queries in a block
 
-// Sums held at a time beside N vectors: enough to hide the latency of a multiplication, as many as registers allow, and a
-// divisor of the 16 keys between two steps of a causal block.
+// Sums held at a time beside N vectors: enough to hide the latency of a multiplication, as many as registers allow, and with
+// 32 registers a divisor of the 16 keys between two steps of a causal block.
 template <int N>
-constexpr int kTile = kVectorBytes == 64 ? (N == 1 ? 16 : N <= 3 ? 8 : 4) : (N == 1 ? 8 : 4);
+constexpr int kTile = kVectorBytes == 64 ? (N == 1 ? 16 : N <= 3 ? 8 : 4) : (N == 1 ? 8 : 6);
 constexpr std::int64_t kBlock = 128;                       // rows of the list whose scores are held
 constexpr std::int64_t kSerial = 1 << 19;                  // products below which a team costs more than it saves
 
