@@ -96,7 +96,10 @@ def _sum_block(
     if DOUBLES:
         bad_y += yv - yv
     if ADAPTIVE:
-        yv *= tl.abs(_load(w, at, count, WHOLE).to(tl.float64)) + eta
+        stretch = tl.abs(_load(w, at, count, WHOLE).to(tl.float64)) + eta
+        if DOUBLES:
+            bad_y += stretch - stretch
+        yv *= stretch
     b += yv * yv
     if DOTS:
         xv = _load(x, at, count, WHOLE).to(tl.float64)
@@ -262,6 +265,8 @@ def _pair(table, sums, p, RULE: tl.constexpr):
         return one, zero
     if RULE == 1:
         return p0, 1 - p0
+    if RULE == 6:
+        return a, b
     undefined = (a == 0) | (b == 0)
     a = tl.where(undefined, 1.0, a)
     b = tl.where(undefined, 1.0, b)

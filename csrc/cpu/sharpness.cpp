@@ -140,7 +140,11 @@ void sum_chunk(const W* w, const G* x, const G* y, double eta, std::int64_t n, d
   f64v a[places] = {}, b[places] = {}, k[places] = {}, bad_x = {}, bad_y = {};
   auto take = [&](int j, f64v wv, f64v xv, f64v yv) __attribute__((always_inline)) {
     if (doubles) bad_x += xv - xv, bad_y += yv - yv;
-    if (kind == Sums::adaptive) yv *= absolute(wv) + eta;
+    if (kind == Sums::adaptive) {
+      const f64v t = absolute(wv) + eta;
+      if (doubles) bad_y += t - t;
+      yv *= t;
+    }
     if (kind == Sums::dots) a[j] += xv * xv, k[j] += xv * yv;
     b[j] += yv * yv;
   };
