@@ -395,7 +395,7 @@ def _ascent(options: Options, shapes) -> list[Peer]:
     t = _make(options, shapes)
     limit, about = _limit(options, t.count)
     return [
-        Peer("pyface", lambda: perturb_(t.ws, t.ys, t.saved, multi_norm(t.ys), RHO), required=True, **about),
+        Peer("pyface", lambda: perturb_(t.ws, t.ys, t.saved, None, RHO), required=True, **about),
         Peer(DAVDA, lambda: davda54_ascent(t), **about),
         Peer(PLAIN, lambda: plain_ascent(t), **about),
         Peer(FOREACH, lambda: foreach_ascent(t), **about),
@@ -418,7 +418,7 @@ def _gsam(options: Options, shapes) -> list[Peer]:
     limit, about = _limit(options, t.count)
     found = [
         Peer(
-            "pyface", lambda: multi_combine_(t.xs, t.ys, multi_dots(t.xs, t.ys), "gsam", alpha=ALPHA), required=True,
+            "pyface", lambda: multi_combine_(t.xs, t.ys, None, "gsam", alpha=ALPHA), required=True,
             **about,
         ),
         Peer(GSAM, lambda: gsam_combine(t.xs, t.ys), **about),
@@ -439,7 +439,7 @@ def _constrained(options: Options, shapes) -> list[Peer]:
     limit, about = _limit(options, t.count)
     return [
         Peer(
-            "pyface", lambda: multi_combine_(t.xs, t.ys, multi_dots(t.xs, t.ys), "constrained", **ALWAYS),
+            "pyface", lambda: multi_combine_(t.xs, t.ys, None, "constrained", **ALWAYS),
             required=True, **about,
         ),
         Peer(GCSCOOP, lambda: gcscoop_combine(t.xs, t.ys, **ALWAYS), **about),
@@ -486,8 +486,8 @@ def _whole(options: Options, shapes) -> list[Peer]:
     fused, many = base_optimizer(t, fused=True), base_optimizer(t, foreach=True)
 
     def ours():
-        perturb_(t.ws, t.ys, t.saved, multi_norm(t.ys), RHO)
-        _restore_step(t, multi_dots(t.xs, t.ys), "constrained", **ALWAYS)
+        perturb_(t.ws, t.ys, t.saved, None, RHO)
+        _restore_step(t, None, "constrained", **ALWAYS)
 
     def best():
         plain_ascent(t)

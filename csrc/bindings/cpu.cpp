@@ -240,6 +240,83 @@ void sharpness_step(const SharpnessLists& lists, Address sums, Address nonfinite
   PYFACE_CALL(sharpness_step, call.args, threads);
 }
 
+// Reading plain lists and a pass over them in one call without pybind11, for lists of a few or of small tensors. The arguments:
+// reader, a function that bumps the versions of a list of tensors, threads, the pass, five lists (or None), sums and flags (or
+// None), whether the sums are taken before the pass (2: what is not finite is added to the flags), a tuple with the pass's own
+// arguments. True if that was done, False if anything is not plain.
+enum SharpnessPass : long { kSums, kPerturb, kRestore, kCombine, kStep };
+
+PyObject* sharpness_run(PyObject*, PyObject* const* given, Py_ssize_t) try {
+  const auto number = [](PyObject* o) { return PyFloat_AsDouble(o); };
+  const auto integer = [](PyObject* o) { return PyLong_AsLong(o); };
+  const auto data = [](PyObject* o, const TensorReader& reader) -> Address {
+    DLTensor t{};
+    return o != Py_None && reader.read(o, &t) ? reinterpret_cast<Address>(TensorReader::data_of(t)) : 0;
+  };
+  const auto& reader = py::handle(given[0]).cast<const TensorReader&>();
+  PyObject* const increment = given[1];
+  const int threads = static_cast<int>(integer(given[2]));
+  const long pass = integer(given[3]), takes = integer(given[11]);
+  PyObject *const *lists = given + 4, *sums = given[9], *nonfinite = given[10];
+  if (!PyTuple_Check(given[12])) throw py::type_error("a tuple is expected");
+  PyObject** const own = &PyTuple_GET_ITEM(given[12], 0);
+  const Py_ssize_t count = PyTuple_GET_SIZE(given[12]);
+  constexpr Py_ssize_t counts[] = {2, 5, 0, 4, 11};
+  if (PyErr_Occurred()) return nullptr;
+  if (pass < kSums || pass > kStep || count != counts[pass]) throw py::value_error("no such pass");
+
+  SharpnessTable table;
+  if (!read_sharpness_lists(reader, {lists[0], lists[1], lists[2], lists[3], lists[4]}, sums, nonfinite,
+                            takes_sharpness_types, &table))
+    Py_RETURN_FALSE;
+  SharpnessCall call(table, data(sums, reader), data(nonfinite, reader));
+  std::vector<double> rho;
+  Sharpness& args = call.args;
+  if (pass == kSums) {
+    args.adaptive = integer(own[0]) != 0, args.eta = number(own[1]);
+  } else if (pass == kPerturb) {
+    if (!PyList_Check(own[0]) || PyList_GET_SIZE(own[0]) != args.count) throw py::value_error("a rho for each tensor");
+    rho.resize(args.count);
+    for (std::int64_t p = 0; p < args.count; ++p) rho[p] = number(PyList_GET_ITEM(own[0], p));
+    args.rho = rho.data(), args.eps = number(own[1]), args.shrink = number(own[2]);
+    args.adaptive = integer(own[3]) != 0, args.eta = number(own[4]);
+  } else if (pass != kRestore) {
+    args.rule = static_cast<SharpnessRule>(integer(own[0])), args.p0 = number(own[1]), args.p1 = number(own[2]);
+    args.per_tensor = integer(own[3]) != 0;
+    if (pass == kStep)
+      call.update(number(own[4]), number(own[5]), number(own[6]), number(own[7]), integer(own[8]) != 0,
+                  integer(own[9]) != 0, integer(own[10]) != 0);
+  }
+  if (PyErr_Occurred()) return nullptr;
+
+  if (takes) {
+    const std::int64_t bytes = PYFACE_CALL(sharpness_scratch, args);
+    const float earlier[] = {args.nonfinite[0], args.nonfinite[1]};
+    with_scratch("sharpness", bytes, [&](void* scratch) { PYFACE_CALL(sharpness_sums, args, scratch, threads); });
+    for (int i = 0; i < 2; ++i)
+      if (takes == 2 && earlier[i] != 0) args.nonfinite[i] = earlier[i];
+  }
+  if (pass == kPerturb) PYFACE_CALL(sharpness_perturb, args, threads);
+  if (pass == kRestore) PYFACE_CALL(sharpness_restore, args, threads);
+  if (pass == kCombine) PYFACE_CALL(sharpness_combine, args, threads);
+  if (pass == kStep) PYFACE_CALL(sharpness_step, args, threads);
+
+  const bool written[] = {pass != kSums && pass != kCombine, pass == kPerturb, pass == kCombine, false, pass == kStep};
+  for (int kind = 0; kind < kSharpnessLists; ++kind) {
+    if (!written[kind] || lists[kind] == Py_None) continue;
+    PyObject* const none = PyObject_CallOneArg(increment, lists[kind]);
+    if (!none) return nullptr;
+    Py_DECREF(none);
+  }
+  Py_RETURN_TRUE;
+} catch (py::error_already_set& error) {
+  return error.restore(), nullptr;
+} catch (const std::exception& error) {
+  return PyErr_SetString(PyExc_ValueError, error.what()), nullptr;
+}
+
+PyMethodDef sharpness_run_method = {"sharpness_run", reinterpret_cast<PyCFunction>(sharpness_run), METH_FASTCALL, nullptr};
+
 // (address, batch stride, head stride, row stride)
 typedef std::tuple<Address, std::int64_t, std::int64_t, std::int64_t> RowsTuple;
 
@@ -347,6 +424,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("deform_conv_backward", &deform_conv_backward);
   m.def("spectral", &spectral);
   define_sharpness_lists(m, takes_sharpness_types);
+  m.attr("sharpness_run") = py::reinterpret_steal<py::object>(PyCFunction_New(&sharpness_run_method, nullptr));
   m.def("sharpness_sums", &sharpness_sums);
   m.def("sharpness_perturb", &sharpness_perturb);
   m.def("sharpness_restore", &sharpness_restore);

@@ -67,66 +67,71 @@ struct SharpnessLists {
   SharpnessTable table;
 };
 
-// The table of the lists (weights, saved, xs, ys, momenta; None for one that is not there), and a look at the sums; None where
+// The lists: weights, saved, xs, ys, momenta.
+constexpr int kSharpnessLists = 5;
+typedef std::array<PyObject*, kSharpnessLists> SharpnessSequences;
+
+// Writes the table of the lists (None for one that is not there) and has a look at sums and flags (or None); false where
 // anything is not as plain as can be. Then Python's checks tell what is wrong, or how it is dealt with. `takes` says whether
 // the module has the types of a weight and a gradient.
-inline pybind11::object read_sharpness_lists(const TensorReader& reader, const std::array<pybind11::object, 5>& lists,
-                                             pybind11::object sums, pybind11::object nonfinite,
-                                             bool (*takes)(DType weight, DType gradient)) {
-  constexpr int kinds = 5;
-  PyObject* sequences[kinds] = {};
+inline bool read_sharpness_lists(const TensorReader& reader, SharpnessSequences lists, PyObject* sums, PyObject* nonfinite,
+                                 bool (*takes)(DType weight, DType gradient), SharpnessTable* table) {
   Py_ssize_t count = -1;
-  for (int kind = 0; kind < kinds; ++kind) {
-    if (lists[kind].is_none()) continue;
-    sequences[kind] = lists[kind].ptr();
-    if (!PyList_CheckExact(sequences[kind])) return pybind11::none();
-    if (count >= 0 && PyList_GET_SIZE(sequences[kind]) != count) return pybind11::none();
-    count = PyList_GET_SIZE(sequences[kind]);
+  for (PyObject*& list : lists) {
+    if (list == Py_None) {
+      list = nullptr;
+      continue;
+    }
+    if (!PyList_CheckExact(list)) return false;
+    if (count >= 0 && PyList_GET_SIZE(list) != count) return false;
+    count = PyList_GET_SIZE(list);
   }
-  if (count <= 0) return pybind11::none();
-  SharpnessLists result;
-  result.table.reserve(count * 8);
+  if (count <= 0) return false;
+  table->resize(count * 8);
+  std::int64_t* row = table->data();
   std::int32_t device = 0;
-  for (Py_ssize_t p = 0; p < count; ++p) {
+  for (Py_ssize_t p = 0; p < count; ++p, row += 8) {
     DLTensor first{};
     bool begun = false;
     DType weight{}, gradient{};
     bool has_weight = false, has_gradient = false;
-    std::int64_t row[8] = {};
-    for (int kind = 0; kind < kinds; ++kind) {
-      if (!sequences[kind]) continue;
+    for (int kind = 0; kind < kSharpnessLists; ++kind) {
+      row[kind] = 0;
+      if (!lists[kind]) continue;
       DLTensor t;
       DType type;
-      if (!reader.read(PyList_GET_ITEM(sequences[kind], p), &t) || !TensorReader::type_of(t, &type)) return pybind11::none();
-      if (begun ? !TensorReader::same_order(first, t) : !TensorReader::is_dense(t)) return pybind11::none();
+      if (!reader.read(PyList_GET_ITEM(lists[kind], p), &t) || !TensorReader::type_of(t, &type)) return false;
+      if (begun ? !TensorReader::same_order(first, t) : !TensorReader::is_dense(t)) return false;
       if (!begun) first = t, begun = true;
       const bool is_gradient = kind == 2 || kind == 3;
       DType& known = is_gradient ? gradient : weight;
       bool& has = is_gradient ? has_gradient : has_weight;
-      if (has && known != type) return pybind11::none();
+      if (has && known != type) return false;
       known = type, has = true;
       row[kind] = reinterpret_cast<std::int64_t>(TensorReader::data_of(t));
     }
     if (p == 0) device = first.device_id;
-    if (first.device_id != device) return pybind11::none();
+    if (first.device_id != device) return false;
     if (!has_weight) weight = gradient;
     if (!has_gradient) gradient = weight;
-    if (!takes(weight, gradient)) return pybind11::none();
+    if (!takes(weight, gradient)) return false;
     row[5] = TensorReader::size_of(first), row[6] = static_cast<int>(weight), row[7] = static_cast<int>(gradient);
-    result.table.insert(result.table.end(), row, row + 8);
   }
-  if (!sums.is_none()) {
-    DLTensor values, flags;
-    DType type;
-    if (!reader.read(sums.ptr(), &values) || !TensorReader::type_of(values, &type) || type != DType::f64 ||
+  DType type;
+  if (sums != Py_None) {
+    DLTensor values;
+    if (!reader.read(sums, &values) || !TensorReader::type_of(values, &type) || type != DType::f64 ||
         values.device_id != device || values.ndim != 2 || values.shape[0] != count + 1 || values.shape[1] != 3 ||
         values.strides[1] != 1 || values.strides[0] != 3)
-      return pybind11::none();
-    if (!reader.read(nonfinite.ptr(), &flags) || !TensorReader::type_of(flags, &type) || type != DType::f32 ||
-        flags.device_id != device || flags.ndim != 1 || flags.shape[0] != 2 || flags.strides[0] != 1)
-      return pybind11::none();
+      return false;
   }
-  return pybind11::cast(std::move(result));
+  if (nonfinite != Py_None) {
+    DLTensor flags;
+    if (!reader.read(nonfinite, &flags) || !TensorReader::type_of(flags, &type) || type != DType::f32 ||
+        flags.device_id != device || flags.ndim != 1 || flags.shape[0] != 2 || flags.strides[0] != 1)
+      return false;
+  }
+  return true;
 }
 
 // Defines TensorReader, SharpnessLists and read_sharpness_lists in a module, for itself alone: the other has its own.
@@ -138,8 +143,15 @@ inline void define_sharpness_lists(pybind11::module_& module, bool (*takes)(DTyp
       .def(py::init([](SharpnessTable table) { return SharpnessLists{std::move(table)}; }))
       .def_readonly("table", &SharpnessLists::table);
   module.def("read_sharpness_lists",
-             [takes](const TensorReader& reader, const std::array<py::object, 5>& lists, py::object sums,
-                     py::object nonfinite) { return read_sharpness_lists(reader, lists, sums, nonfinite, takes); });
+             [takes](const TensorReader& reader, const std::array<py::object, kSharpnessLists>& lists, py::object sums,
+                     py::object nonfinite) -> py::object {
+               SharpnessSequences sequences;
+               for (int kind = 0; kind < kSharpnessLists; ++kind) sequences[kind] = lists[kind].ptr();
+               SharpnessLists result;
+               if (!read_sharpness_lists(reader, sequences, sums.ptr(), nonfinite.ptr(), takes, &result.table))
+                 return py::none();
+               return py::cast(std::move(result));
+             });
 }
 
 }  // namespace pyface

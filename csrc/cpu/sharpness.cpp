@@ -164,7 +164,10 @@ void sharpness_sums(const Sharpness& s, void* scratch, int threads) {
       const W* w = static_cast<const W*>(t.weight) + first;
       const G* y = static_cast<const G*>(t.y) + first;
       double* result = partial + c * kNumbers;
-      if (t.x)
+      if (t.x && t.x == t.y) {
+        sum_chunk<Sums::norm>(w, y, y, 0, n, result);
+        result[0] = result[2] = result[1], result[3] = result[4];
+      } else if (t.x)
         sum_chunk<Sums::dots>(w, static_cast<const G*>(t.x) + first, y, 0, n, result);
       else if (s.adaptive)
         sum_chunk<Sums::adaptive>(w, y, y, s.eta, n, result);

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch._C import _len_torch_dispatch_stack
+from torch.autograd.graph import increment_version
 
 from pyface.ops import _paths
 from pyface.ops._paths import Core, chosen_path
@@ -33,6 +34,7 @@ RULES: dict[str, tuple[str, ...]] = {
     "surgery": (),
 }
 _RULE_CODES = {name: code for code, name in enumerate(RULES)}
+_RULE_NAMES = {name: frozenset(parameters) for name, parameters in RULES.items()}
 
 
 class Sums(NamedTuple):
@@ -99,17 +101,27 @@ def _check_sums(op: str, count: int, sums: Tensor, nonfinite: Tensor) -> None:
         raise ValueError(f"{op}: sums.nonfinite must be float32 Tensor[2], got {nonfinite.dtype} {nonfinite.shape}")
 
 
+def _check_flags(op: str, sums: Sums | None, nonfinite: Tensor, tensors: Sequence[Tensor]) -> None:
+    """Flags that are to be added to."""
+    if sums is not None:
+        raise ValueError(f"{op}: nonfinite is for sums taken here; put the flags into sums.nonfinite instead")
+    if nonfinite.shape != (2,) or nonfinite.dtype != torch.float32 or not nonfinite.is_contiguous():
+        raise ValueError(f"{op}: nonfinite must be float32 Tensor[2], got {nonfinite.dtype} {tuple(nonfinite.shape)}")
+    if len(tensors) and nonfinite.device != tensors[0].device:
+        raise ValueError(f"{op}: nonfinite must be on {tensors[0].device} as the tensors, got {nonfinite.device}")
+
+
 def _check_rule(op: str, rule: str, parameters: dict[str, float]) -> tuple[float, float]:
     if rule not in RULES:
         raise ValueError(f"{op}: no rule is called {rule!r}; the rules are {', '.join(RULES)}")
-    if set(parameters) != set(RULES[rule]):
+    if parameters.keys() != _RULE_NAMES[rule]:
         raise TypeError(
             f"{op}: rule {rule!r} takes the parameters ({', '.join(RULES[rule])}), got ({', '.join(parameters)})"
         )
     if rule == "constrained" and not parameters["lower"] <= parameters["upper"]:
         raise ValueError(f"{op}: lower must not be above upper, got {parameters['lower']} and {parameters['upper']}")
     values = [float(parameters[name]) for name in RULES[rule]]
-    return (*values, 0.0, 0.0)[:2]
+    return (values or [0.0])[0], values[1] if len(values) > 1 else 0.0
 
 
 def _granularity(op: str, rule: str, granularity: str | None) -> bool:
@@ -186,11 +198,11 @@ def table(lists, address=Tensor.data_ptr, null=0) -> list:
 class Compiled(Listed):
     """The passes of a compiled module, `pyface._cpu` or `pyface._cuda`."""
 
-    names = ("sums", "perturb", "restore", "combine", "step")
+    written = {"sums": (), "perturb": (0, 1), "restore": (0,), "combine": (2,), "step": (0, 4)}  # lists of each pass
 
     def __init__(self, module, device_type: int):
         self.module = module
-        self.passes = {name: getattr(self.module, f"sharpness_{name}") for name in self.names}
+        self.passes = {name: getattr(self.module, f"sharpness_{name}") for name in self.written}
         self.reader = None
         with contextlib.suppress(AttributeError, ValueError):  # an older torch, or a newer DLPack: checks in Python
             capsule = torch.Tensor.__dlpack_c_exchange_api__
@@ -208,13 +220,42 @@ class Compiled(Listed):
         addresses = () if sums is None else (sums.data_ptr(), nonfinite.data_ptr())
         self.passes[name](read, *addresses, *others, *self.where(some))
 
+    def quick(self, name: str, lists, some: Tensor, values, flags, takes: int, arguments, taken) -> bool:
+        """Runs a pass over plain lists; False, and nothing done, if they are not.
+
+        takes: 1: the pass of sums runs first, with the arguments `taken`; 2: and adds what is not finite to the flags.
+        """
+        read = self.read(lists, values, flags)
+        if read is None:
+            return False
+        if takes:
+            found = torch.empty_like(flags) if takes == 2 else flags
+            self.call("sums", read, some, values, found, *taken)
+            if takes == 2:
+                torch.maximum(flags, found, out=flags)
+        if name != "sums":
+            self.call(name, read, some, values, flags, *arguments)
+        for kind in self.written[name]:
+            if lists[kind]:
+                increment_version(lists[kind])
+        return True
+
 
 class _Cpu(Compiled):
     def __init__(self):
         super().__init__(_paths.loaded("_cpu"), 1)
 
+        self.codes = {name: code for code, name in enumerate(self.written)}
+
     def where(self, some: Tensor) -> tuple[int, ...]:
         return (torch.get_num_threads(),)
+
+    def quick(self, name, lists, some, values, flags, takes, arguments, taken):
+        """The same in one call."""
+        return self.reader is not None and self.module.sharpness_run(
+            self.reader, increment_version, torch.get_num_threads(), self.codes[name], *lists, values, flags, takes,
+            arguments,
+        )  # fmt: skip
 
 
 def _triton() -> Listed:
@@ -294,36 +335,38 @@ def _compiled(device: str) -> Compiled | None:
     return CORE.pick(device, (torch.float32, torch.float32), device)
 
 
-def _ran(path: str | None, name: str, lists, some: Tensor, *arguments) -> bool:
-    """Runs a pass of a compiled core if the lists and sums are as plain as can be, and says whether it did.
+def _ran(path, name, lists, some, sums=(None, None), arguments=(), taken=None):
+    """Runs a pass of a compiled core if the lists and sums are as plain as can be, else returns None.
 
-    arguments: sums and flags, if the pass takes any, then the rest.
+    some: one of the lists. sums: values and flags, if the pass needs any. taken: what is multiplied into y, for a
+    pass that takes its sums first where it is given none; they are returned.
     """
-    device = "cpu" if some.is_cpu else some.device.type
+    if not some:
+        return None
+    first = some[0]
+    device = "cpu" if first.is_cpu else first.device.type
     core = _compiled(device) if path is None or path == device else None
     if core is None:
-        return False
-    read = core.read(lists, *(arguments[:2] or (None, None)))
-    if read is None:
-        return False
-    core.call(name, read, some, *arguments)
-    return True
+        return None
+    (values, flags), takes = sums, 0
+    if taken is not None and values is None:
+        takes = 1 if flags is None else 2
+        values = torch.empty(len(some) + 1, 3, dtype=torch.float64, device=first.device)
+        if flags is None:
+            flags = torch.empty(2, device=first.device)
+    if not core.quick(name, lists, first, values, flags, takes, arguments, taken):
+        return None
+    return (values, flags) if takes else ()
 
 
 # ---- the ops --------------------------------------------------------------------------------------------------------
 
 
+_ALONE = (False, 0.0)  # nothing is multiplied into y
+
+
 def _empty_sums(count: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
     return torch.zeros(count + 1, 3, dtype=torch.float64, device=device), torch.zeros(2, device=device)
-
-
-def _quick_sums(xs, ys, weights, eta, path):
-    if not ys:
-        return None
-    device = ys[0].device
-    sums = torch.empty(len(ys) + 1, 3, dtype=torch.float64, device=device), torch.empty(2, device=device)
-    lists = weights, None, xs, ys, None
-    return sums if _ran(path, "sums", lists, ys[0], *sums, weights is not None, eta) else None
 
 
 def _norm(ys, weights, eta, path):
@@ -335,7 +378,8 @@ def _norm(ys, weights, eta, path):
 
 
 def _quick_norm(ys, weights, eta, path):
-    return _quick_sums(None, ys, weights or None, eta, path)
+    taken = bool(weights), eta
+    return _ran(path, "sums", (weights or None, None, None, ys, None), ys, (None, None), taken, taken)
 
 
 def _norm_fake(ys, weights, eta, path):
@@ -348,7 +392,7 @@ def _dots(xs, ys, path):
 
 
 def _quick_dots(xs, ys, path):
-    return _quick_sums(xs, ys, None, 0.0, path)
+    return _ran(path, "sums", (None, None, xs, ys, None), ys, (None, None), _ALONE, _ALONE)
 
 
 def _dots_fake(xs, ys, path):
@@ -367,17 +411,12 @@ def _perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
     _check_sums("perturb_", len(ys), sums, nonfinite)
     if weights:
         _pick(path, weights, ys).perturb_(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta)
-        torch.autograd.graph.increment_version((*weights, *saved))
+        increment_version((*weights, *saved))
 
 
 def _quick_perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
-    lists = weights, saved, None, ys, None
-    if not ys or not _ran(
-        path, "perturb", lists, ys[0], sums, nonfinite, rho, eps, shrink, eta is not None, eta or 0.0
-    ):
-        return None
-    torch.autograd.graph.increment_version((*weights, *saved))
-    return ()
+    lists, adaptive = (weights, saved, None, ys, None), (eta is not None, eta or 0.0)
+    return _ran(path, "perturb", lists, ys, (sums, nonfinite), (rho, eps, shrink, *adaptive), adaptive)
 
 
 def _restore(weights, saved, path):
@@ -385,14 +424,11 @@ def _restore(weights, saved, path):
     _check_types("restore_", weights, saved)
     if weights:
         _pick(path, weights, saved).restore_(weights, saved)
-        torch.autograd.graph.increment_version(weights)
+        increment_version(weights)
 
 
 def _quick_restore(weights, saved, path):
-    if not weights or not _ran(path, "restore", (weights, saved, None, None, None), weights[0]):
-        return None
-    torch.autograd.graph.increment_version(weights)
-    return ()
+    return _ran(path, "restore", (weights, saved, None, None, None), weights)
 
 
 def _combine(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor, path):
@@ -400,15 +436,12 @@ def _combine(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor, path):
     _check_sums("multi_combine_", len(ys), sums, nonfinite)
     if xs:
         _pick(path, xs, xs, ys).combine_(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor)
-        torch.autograd.graph.increment_version(xs)
+        increment_version(xs)
 
 
 def _quick_combine(xs, ys, sums, nonfinite, rule, p0, p1, per_tensor, path):
-    lists = None, None, xs, ys, None
-    if not xs or not _ran(path, "combine", lists, xs[0], sums, nonfinite, _RULE_CODES[rule], p0, p1, per_tensor):
-        return None
-    torch.autograd.graph.increment_version(xs)
-    return ()
+    lists, arguments = (None, None, xs, ys, None), (_RULE_CODES[rule], p0, p1, per_tensor)
+    return _ran(path, "combine", lists, xs, (sums, nonfinite), arguments, _ALONE)
 
 
 def _step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *rest):
@@ -420,35 +453,52 @@ def _step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_te
     if weights:
         run = _pick(path, weights, xs, ys)
         run.step_(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *sgd)
-        torch.autograd.graph.increment_version((*weights, *momenta))
+        increment_version((*weights, *momenta))
 
 
 def _quick_step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_tensor, *rest):
     *sgd, path = rest
-    lists = weights, saved, xs, ys, momenta or None
-    if not xs or not _ran(path, "step", lists, xs[0], sums, nonfinite, _RULE_CODES[rule], p0, p1, per_tensor, *sgd):
-        return None
-    torch.autograd.graph.increment_version((*weights, *momenta))
-    return ()
+    lists, arguments = (weights, saved, xs, ys, momenta or None), (_RULE_CODES[rule], p0, p1, per_tensor, *sgd)
+    return _ran(path, "step", lists, xs, (sums, nonfinite), arguments, _ALONE)
 
 
 def _define(
-    name: str, schema: str, implementation: Callable, quick: Callable, fake: Callable | None = None
+    name: str,
+    schema: str,
+    implementation: Callable,
+    quick: Callable,
+    fake: Callable | None = None,
+    taken: tuple[int, Callable] | None = None,
 ) -> Callable:
-    """Registers `pyface::<name>`, whose schema says what it writes, and returns its eager door."""
+    """Registers `pyface::<name>`, whose schema says what it writes, and returns its eager door.
+
+    taken: where the arguments have values and flags of sums, and what computes them from the arguments. The door can be
+    called with None instead, and returns them then.
+    """
     LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"pyface::{name}", fake or (lambda *args: None), lib=LIBRARY)
     dispatched = getattr(torch.ops.pyface, name).default
 
     def call(*args):
-        if torch.compiler.is_compiling() or _len_torch_dispatch_stack():
-            return dispatched(*args)
-        done = quick(*args)
-        if done is not None:
-            return done
-        with torch.no_grad():
-            return implementation(*args)
+        traced = torch.compiler.is_compiling() or _len_torch_dispatch_stack()
+        if not traced:
+            done = quick(*args)
+            if done is not None:
+                return done
+        sums = ()
+        if taken is not None and args[taken[0]] is None:
+            at, take = taken
+            sums, flags = take(*args), args[at + 1]
+            if flags is not None:
+                sums = sums[0], flags.copy_(torch.maximum(flags, sums[1]))
+            args = *args[:at], *sums, *args[at + 2 :]
+        if traced:
+            result = dispatched(*args)
+        else:
+            with torch.no_grad():
+                result = implementation(*args)
+        return sums or result
 
     return call
 
@@ -471,10 +521,15 @@ _perturb_op = _define(
     "float? eta, str? path) -> ()",
     _perturb,
     _quick_perturb,
+    taken=(3, lambda ws, saved, ys, *rest: _norm_op(ys, [] if rest[-2] is None else ws, rest[-2] or 0.0, rest[-1])),
 )
 _restore_op = _define("restore_", "(Tensor(a!)[] weights, Tensor[] saved, str? path) -> ()", _restore, _quick_restore)
 _combine_op = _define(
-    "multi_combine_", f"(Tensor(a!)[] xs, Tensor[] ys, {_RULE}, str? path) -> ()", _combine, _quick_combine
+    "multi_combine_",
+    f"(Tensor(a!)[] xs, Tensor[] ys, {_RULE}, str? path) -> ()",
+    _combine,
+    _quick_combine,
+    taken=(2, lambda xs, ys, *rest: _dots_op(xs, ys, rest[-1])),
 )
 _step_op = _define(
     "multi_step_",
@@ -482,7 +537,16 @@ _step_op = _define(
     "float momentum, float dampening, float weight_decay, bool nesterov, bool maximize, bool first, str? path) -> ()",
     _step,
     _quick_step,
+    taken=(5, lambda weights, saved, xs, ys, *rest: _dots_op(xs, ys, rest[-1])),
 )
+
+
+def _listed(tensors: Sequence[Tensor]) -> list[Tensor]:
+    return tensors if type(tensors) is list else list(tensors)
+
+
+def _sums_or_none(sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
+    return (None, None) if sums is None else (sums.values, sums.nonfinite)
 
 
 def multi_norm(ys: Sequence[Tensor], *, weights: Sequence[Tensor] | None = None, eta: float = 0.0) -> Sums:
@@ -500,25 +564,25 @@ def multi_norm(ys: Sequence[Tensor], *, weights: Sequence[Tensor] | None = None,
         TypeError: sparse, complex or integer tensors.
         ValueError: several devices, lists or shapes that do not fit.
     """
-    return Sums(*_norm_op(list(ys), list(weights or ()), float(eta), chosen_path()))
+    return Sums(*_norm_op(_listed(ys), _listed(weights or []), float(eta), chosen_path()))
 
 
 def multi_dots(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Sums:
     """Sums of x², y² and xy of each tensor and of all in one pass, in float64; see :func:`multi_norm`."""
-    return Sums(*_dots_op(list(xs), list(ys), chosen_path()))
+    return Sums(*_dots_op(_listed(xs), _listed(ys), chosen_path()))
 
 
 def perturb_(
     weights: Sequence[Tensor],
     ys: Sequence[Tensor],
     saved: Sequence[Tensor],
-    sums: Sums,
+    sums: Sums | None,
     rho: float | Sequence[float],
     *,
     eps: float = 1e-12,
     shrink: float = 0.0,
     eta: float | None = None,
-) -> None:
+) -> Sums:
     """Saves the weights, then moves them uphill: w += (rho / (sqrt(b) + eps) - shrink) y, b = sum of y² over all.
 
     Where b is 0 or an element of ys is not finite, the weights keep their bits. (SAM, arXiv:2010.01412, equation 2.)
@@ -527,44 +591,41 @@ def perturb_(
         weights: T tensors, changed in place.
         ys: T gradients shaped like them.
         saved: T tensors shaped and typed like the weights, which receive their bits.
-        sums: of :func:`multi_norm` over ys.
+        sums: of :func:`multi_norm` over ys; None: taken here, which looks at every list once instead of twice.
         rho: length of the step, one or one per tensor; 0 moves nothing.
         eps: added to the norm.
         shrink: taken off the factor of y (SAGM).
         eta: not None: the ascent of ASAM, y times (|w| + eta)²; `sums` must then be taken with the weights.
+
+    Returns:
+        The sums.
     """
-    rhos = [float(rho)] * len(weights) if isinstance(rho, int | float) else list(map(float, rho))
+    one = isinstance(rho, int | float)
+    rhos = [float(rho)] * len(weights) if one else list(map(float, rho))
     _check_rhos(rhos, weights)
-    if not all(0 <= r < float("inf") for r in set(rhos)):
+    if not all(0 <= r < float("inf") for r in ((rho,) if one else set(rhos))):
         raise ValueError(f"perturb_: rho must be finite and not negative, got {rho}")
-    _perturb_op(
-        list(weights),
-        list(saved),
-        list(ys),
-        sums.values,
-        sums.nonfinite,
-        rhos,
-        float(eps),
-        float(shrink),
-        eta,
+    found = _perturb_op(
+        _listed(weights), _listed(saved), _listed(ys), *_sums_or_none(sums), rhos, float(eps), float(shrink), eta,
         chosen_path(),
-    )
+    )  # fmt: skip
+    return Sums(*found) if sums is None else sums
 
 
 def restore_(weights: Sequence[Tensor], saved: Sequence[Tensor]) -> None:
     """Gives the weights the bits of `saved`, in the memory they have."""
-    _restore_op(list(weights), list(saved), chosen_path())
+    _restore_op(_listed(weights), _listed(saved), chosen_path())
 
 
 def multi_combine_(
     xs: Sequence[Tensor],
     ys: Sequence[Tensor],
-    sums: Sums,
+    sums: Sums | None,
     rule: str,
     *,
     granularity: str | None = None,
     **parameters: float,
-) -> None:
+) -> Sums:
     """G = u x + v y, written into xs; u and v follow on the device from a = <x, x>, b = <y, y>, k = <x, y>.
 
     ================  =====================================================================  ===================
@@ -584,14 +645,18 @@ def multi_combine_(
 
     Args:
         xs, ys: T tensors each, shaped alike.
-        sums: of :func:`multi_dots` over them.
+        sums: of :func:`multi_dots` over them; None: taken here.
         granularity: "tensor": every tensor by its own sums; "global": all by the sums of all; None: "tensor" for
             ``constrained``, else "global", as the papers have it.
         parameters: of the rule, by the names of the table.
+
+    Returns:
+        The sums.
     """
     p0, p1 = _check_rule("multi_combine_", rule, parameters)
     per_tensor = _granularity("multi_combine_", rule, granularity)
-    _combine_op(list(xs), list(ys), sums.values, sums.nonfinite, rule, p0, p1, per_tensor, chosen_path())
+    found = _combine_op(_listed(xs), _listed(ys), *_sums_or_none(sums), rule, p0, p1, per_tensor, chosen_path())
+    return Sums(*found) if sums is None else sums
 
 
 def multi_step_(
@@ -600,7 +665,7 @@ def multi_step_(
     xs: Sequence[Tensor],
     ys: Sequence[Tensor],
     momenta: Sequence[Tensor] | None,
-    sums: Sums,
+    sums: Sums | None,
     rule: str,
     *,
     lr: float,
@@ -611,8 +676,9 @@ def multi_step_(
     maximize: bool = False,
     first: bool = False,
     granularity: str | None = None,
+    nonfinite: Tensor | None = None,
     **parameters: float,
-) -> None:
+) -> Sums:
     """:func:`restore_`, :func:`multi_combine_` and a step of SGD in one pass; G is never stored.
 
     Args:
@@ -622,6 +688,11 @@ def multi_step_(
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
         sums, rule, granularity, parameters: as in :func:`multi_combine_`. Where a gradient is not finite the
             weights are restored and nothing else happens.
+        nonfinite: only where the sums are taken here: flags of an earlier pass, Tensor[2] float32, which forbid the
+            step as well; what this pass finds is added to them.
+
+    Returns:
+        The sums.
     """
     p0, p1 = _check_rule("multi_step_", rule, parameters)
     if bool(momenta) != (momentum != 0) and len(weights):
@@ -629,9 +700,13 @@ def multi_step_(
             f"multi_step_: momentum {momentum} needs {'a buffer per weight' if momentum else 'no buffers'}, "
             f"got {len(momenta or ())}"
         )
+    if nonfinite is not None:
+        _check_flags("multi_step_", sums, nonfinite, xs)
     per_tensor = _granularity("multi_step_", rule, granularity)
-    _step_op(
-        list(weights), list(saved), list(xs), list(ys), list(momenta or ()), sums.values, sums.nonfinite, rule, p0, p1,
+    values, flags = (None, nonfinite) if sums is None else sums
+    found = _step_op(
+        _listed(weights), _listed(saved), _listed(xs), _listed(ys), _listed(momenta or []), values, flags, rule, p0, p1,
         per_tensor, float(lr), float(momentum), float(dampening), float(weight_decay), nesterov, maximize, first,
         chosen_path(),
     )  # fmt: skip
+    return Sums(*found) if sums is None else sums

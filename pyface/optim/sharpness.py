@@ -16,6 +16,9 @@ from pyface.errors import UserError
 from pyface.ops import multi_combine_, multi_dots, multi_norm, multi_step_, perturb_, restore_
 from pyface.ops.sharpness import Sums
 
+# What a step of SGD needs of a group.
+_SGD = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
+
 
 class _Place:
     """A parameter and what is kept for it: a copy of the weight, always in the same memory, and the first gradient."""
@@ -28,6 +31,7 @@ class _Place:
         self.first: Tensor | None = None
 
     def copy(self) -> Tensor:
+        """Memory for the weight's bits that fits the parameter as it is now."""
         kept, p = self.saved, self.param
         if kept is None or kept.dtype != p.dtype or kept.shape != p.shape or kept.device != p.device:
             kept = self.saved = torch.empty_like(p, memory_format=torch.preserve_format, requires_grad=False)
@@ -78,6 +82,7 @@ class SAM(Optimizer):
     ):
         self.rule_parameters = {}
         self._skips: Tensor | None = None
+        self._flags: list[Tensor] = []  # of steps that are not in _skips yet
         self._placed: list[tuple[list[Tensor], list[_Place]]] = []  # of each group
         self._moved: list[_Place] | None = None  # what the first pass moved, until the second
         self._nonfinite: Tensor | None = None
@@ -121,7 +126,7 @@ class SAM(Optimizer):
     def _eta(self) -> float | None:
         return None
 
-    @torch.no_grad()
+    # No decorator torch.no_grad(): it takes as long as all the rest for a small prompt, and the ops need none.
     def first_step(self, zero_grad: bool = False, *, scaler: torch.amp.GradScaler | None = None) -> None:
         """Move the weights uphill along the gradients in ``.grad``, which are taken away (they become None).
 
@@ -133,30 +138,40 @@ class SAM(Optimizer):
         if self._moved is not None:
             raise UserError(f"{type(self).__name__}: first_step was called twice without a second_step between")
         self._scale = 1.0 if scaler is None else scaler.get_scale()
-        moved, rhos = [], []
+        moved, ys, rhos = [], [], []
         for group, places in zip(self.param_groups, self._places(), strict=True):
-            mine = [place for place in places if place.param.grad is not None]
-            moved += mine
-            rhos += [group["rho"]] * len(mine)
+            for place in places:
+                y = place.param.grad
+                if y is not None:
+                    moved.append(place)
+                    # A view (DDP's bucket) is written again by the second backward pass.
+                    ys.append(y if y._base is None else y.detach().clone())
+            rhos += [group["rho"]] * (len(moved) - len(rhos))
         if not moved:
             raise UserError(
                 f"{type(self).__name__}: no parameter has a gradient; call loss.backward() before the step, "
                 "the closure only computes the second gradients"
             )
         params = [place.param for place in moved]
-        # A view (DDP's bucket) is written again by the second backward pass.
-        ys = [g.clone() if (g := p.grad).layout == torch.strided and g._is_view() else g for p in params]
-        directions, eta = self._ascent(params, ys), self._eta()
-        sums = multi_norm(directions) if eta is None else multi_norm(directions, weights=params, eta=eta)
-        saved = [place.copy() for place in moved]
-        perturb_(params, directions, saved, sums, rhos, eta=eta, shrink=self.shrink / self._scale)
+        directions = self._ascent(params, ys)
+
+        def move(saved: list[Tensor]) -> Sums:
+            return perturb_(params, directions, saved, None, rhos, eta=self._eta(), shrink=self.shrink / self._scale)
+
+        known = [place.saved if place.saved is not None else place.copy() for place in moved]
+        try:
+            sums = move(known)
+        except (TypeError, ValueError):  # before anything was written: are these copies of what is another tensor now?
+            saved = [place.copy() for place in moved]
+            if all(map(operator.is_, saved, known)):
+                raise
+            sums = move(saved)
         self._nonfinite, self._moved = sums.nonfinite, moved
+        keeps = self.rule != "second"
         for place, y in zip(moved, ys, strict=True):
-            place.moved = True
-            place.first = None if self.rule == "second" else y
+            place.moved, place.first = True, y if keeps else None
             place.param.grad = None
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Give the weights the bits they had before ``first_step``, and forget the first gradients."""
         if self._moved:
@@ -168,7 +183,6 @@ class SAM(Optimizer):
             place.moved, place.first = False, None
         self._moved = None
 
-    @torch.no_grad()
     def second_step(self, zero_grad: bool = False, *, scaler: torch.amp.GradScaler | None = None) -> None:
         """Restore the weights and step with the gradients in ``.grad``, found at the moved weights.
 
@@ -181,7 +195,56 @@ class SAM(Optimizer):
         """
         if self._moved is None:
             raise UserError(f"{type(self).__name__}: second_step needs a first_step before it")
-        groups = [[place for place in places if place.param.grad is not None] for places in self._places()]
+        groups, xs = [], []
+        for places in self._places():
+            mine = []
+            for place in places:
+                x = place.param.grad
+                if x is not None:
+                    mine.append(place)
+                    xs.append(x)
+            groups.append(mine)
+        momenta = self._momenta(groups) if scaler is None else None
+        if momenta is None or not self._step_at_once(groups, xs, momenta):
+            with torch.no_grad():
+                self._step_in_passes(groups, momenta, scaler)
+        # What schedulers look at, to warn if they step before the optimiser.
+        self._opt_called = self.base_optimizer._opt_called = True
+        if zero_grad:
+            self.zero_grad()
+
+    def _step_at_once(self, groups: list[list[_Place]], xs: list[Tensor], momenta: list[list[Tensor]]) -> bool:
+        """Sums, restoring, rule and SGD in one call, if one rule is for all."""
+        if len(groups) != 1 or not xs:
+            return False
+        (group,), (places,), (buffers,) = self.param_groups, groups, momenta
+        second = self.rule == "second"
+        ys = xs if second else [place.first for place in places]
+        if not second and any(y is None for y in ys):
+            return False
+        # Where only some moved the others are where they were: their copy is themselves.
+        saved = [place.saved if place.moved else place.param for place in places]
+        rule = {} if second else self.rule_parameters
+        try:
+            multi_step_(
+                [place.param for place in places], saved, xs, ys, buffers or None, None, self.rule,
+                nonfinite=self._nonfinite, **rule, **{name: group[name] for name in _SGD},
+            )  # fmt: skip
+        except BaseException:
+            self.restore()
+            raise
+        self._count(self._nonfinite)
+        self._finish(sum(place.moved for place in places) < len(self._moved))
+        return True
+
+    def _finish(self, some_left: bool) -> None:
+        """Gives back the weights of what moved and has no second gradient, and forgets the first ones."""
+        if some_left:
+            left = [place for place in self._moved if place.param.grad is None]
+            restore_([place.param for place in left], [place.saved for place in left])
+        self._forget()
+
+    def _step_in_passes(self, groups: list[list[_Place]], momenta: list[list[Tensor]] | None, scaler) -> None:
         both = [place for places in groups for place in places if place.first is not None]
         # To take as they are; all of them under SAM's own rule.
         alone = [place for places in groups for place in places if place.first is None]
@@ -193,37 +256,42 @@ class SAM(Optimizer):
             self.restore()
             raise
         flags = torch.stack([self._nonfinite, *(s.nonfinite for s in (dots, norms) if s is not None)]).amax(0)
-        bad = flags.amax()
-        self._skips = bad.double() if self._skips is None else self._skips + bad
-        # What schedulers look at, to warn if they step before the optimiser.
-        self._opt_called = self.base_optimizer._opt_called = True
-        momenta = self._momenta(groups) if scaler is None else None
+        self._count(flags)
         if momenta is not None:
             self._fused_step(groups, momenta, dots, norms, flags)
-            left = [place for place in self._moved if place.param.grad is None]
-            if left:
-                restore_([place.param for place in left], [place.saved for place in left])
-            self._forget()
-        else:
-            self.restore()
-            if both:
-                multi_combine_(xs, ys, dots, self.rule, **self.rule_parameters)
-            if scaler is not None:
-                # The scaler looks at the gradients for itself: an overflow of the first pass must be seen there too.
-                for g in (place.param.grad for places in groups for place in places):
-                    if g.numel():
-                        corner = g[(0,) * g.dim()]
-                        corner.copy_(torch.where(bad > 0, torch.full_like(corner, float("inf")), corner))
-                        break
-                scaler.step(self.base_optimizer)
-            elif not bad.item():
-                self.base_optimizer.step()
-        if zero_grad:
-            self.zero_grad()
+            self._finish(any(place.param.grad is None for place in self._moved))
+            return
+        bad = flags.amax()
+        self.restore()
+        if both:
+            multi_combine_(xs, ys, dots, self.rule, **self.rule_parameters)
+        if scaler is not None:
+            # The scaler looks at the gradients for itself: an overflow of the first pass must be seen there too.
+            for g in (place.param.grad for places in groups for place in places):
+                if g.numel():
+                    corner = g[(0,) * g.dim()]
+                    corner.copy_(torch.where(bad > 0, torch.full_like(corner, float("inf")), corner))
+                    break
+            scaler.step(self.base_optimizer)
+        elif not bad.item():
+            self.base_optimizer.step()
+
+    def _count(self, flags: Tensor) -> None:
+        """Counts a step as skipped where flags are not 0; from time to time, and without waiting for the device."""
+        self._flags.append(flags)
+        if len(self._flags) == 64:
+            self._count_flags()
+
+    def _count_flags(self) -> None:
+        if self._flags:
+            found = torch.stack(self._flags).amax(1).sum(dtype=torch.float64)
+            self._skips = found if self._skips is None else self._skips + found
+            self._flags = []
 
     @property
     def skipped(self) -> int:
         """How many steps were skipped for a gradient that is not finite. Reading it waits for the device."""
+        self._count_flags()
         return 0 if self._skips is None else int(self._skips.item())
 
     def _momenta(self, groups: list[list[_Place]]) -> list[list[Tensor]] | None:
@@ -263,7 +331,7 @@ class SAM(Optimizer):
         sums = [(found.values, first) for found, first in ((dots, True), (norms, False)) if found is not None]
         rows = {True: 0, False: 0}
         for group, places, buffers in zip(self.param_groups, groups, momenta, strict=True):
-            sgd = {k: group[k] for k in ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")}
+            sgd = {name: group[name] for name in _SGD}
             for values, has_first in sums:
                 mine = [n for n, place in enumerate(places) if (place.first is not None) is has_first]
                 if not mine:
@@ -324,8 +392,9 @@ class SAM(Optimizer):
         self._share()
 
     def __getstate__(self) -> dict[str, Any]:
+        self._count_flags()
         own = ("base_optimizer", "rule_parameters", "_skips", "shrink", "eta", "sigma", "decay", "_means")
-        transient = {"_placed": [], "_moved": None, "_nonfinite": None, "_scale": 1.0}
+        transient = {"_flags": [], "_placed": [], "_moved": None, "_nonfinite": None, "_scale": 1.0}
         return super().__getstate__() | {k: self.__dict__[k] for k in own if k in self.__dict__} | transient
 
 
@@ -384,6 +453,7 @@ class FriendlySAM(SAM):
         self._means: dict[Tensor, Tensor] = {}
         super().__init__(params, base_optimizer, rho, **base_arguments)
 
+    @torch.no_grad()
     def _ascent(self, params, ys):
         finite = multi_norm(ys).nonfinite[1] == 0
         begins = len(self._means) < len(params) and bool(finite)

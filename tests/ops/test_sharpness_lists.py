@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from pyface.ops import multi_combine_, multi_dots, multi_norm, multi_step_, perturb_, restore_
+from pyface.ops import multi_combine_, multi_dots, multi_norm, multi_step_, paths, perturb_, restore_
 from pyface.ops import sharpness as core_module
 
 
@@ -72,8 +72,8 @@ def reads(monkeypatch):
     core = core_module._compiled("cpu")
     if core is None or core.reader is None:
         pytest.skip("this torch does not hand out __dlpack_c_exchange_api__")
-    found, read = [], core.read
-    monkeypatch.setattr(core, "read", lambda *a: (found.append(read(*a)), found[-1])[1])
+    found, quick = [], core.quick
+    monkeypatch.setattr(core, "quick", lambda *a: (found.append(quick(*a)), found[-1])[1])
     return found
 
 
@@ -82,8 +82,8 @@ def reads(monkeypatch):
 def test_what_is_read_and_what_is_checked_agree(reads, monkeypatch, name, types):
     make, plain = LISTS[name]
     quick = passes(make, types)
-    assert [found is not None for found in reads] == [plain] * 6
-    monkeypatch.setattr(core_module._compiled("cpu"), "read", lambda *a: None)
+    assert reads == [plain] * 6
+    monkeypatch.setattr(core_module._compiled("cpu"), "quick", lambda *a: False)
     for a, b in zip(quick, passes(make, types), strict=True):
         assert torch.equal(a, b)
 
@@ -93,14 +93,14 @@ def test_other_orders_are_copied(reads):
     rows = passes(lambda t: t, DTYPES[0])
     reads.clear()
     mixed = passes(last, DTYPES[0], (torch.Tensor.contiguous,) * 2)
-    assert [found is not None for found in reads] == [True, False, True, True, False, True]
+    assert reads == [True, False, True, True, False, True]
     for a, b in zip(rows, mixed, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
 
 
 def test_an_older_torch_is_served(monkeypatch):
     """Without torch.Tensor.__dlpack_c_exchange_api__."""
-    monkeypatch.setattr(core_module._Cpu, "read", lambda *a: None)
+    monkeypatch.setattr(core_module._compiled("cpu"), "reader", None)
     rows = passes(lambda t: t, DTYPES[0])
     assert all(t.isfinite().all() for t in rows)
 
@@ -135,6 +135,43 @@ def test_a_rho_for_every_tensor_or_for_all():
         perturb_(w, w, w, multi_norm(w), [0.1])
     with pytest.raises(ValueError, match="one per tensor"):
         torch.ops.pyface.perturb_(w, w, w, *multi_norm(w), [0.1], 0.0, 0.0, None, None)
+
+
+@pytest.mark.parametrize("make", [lambda t: t, stretched], ids=["plain", "gaps"])
+@pytest.mark.parametrize("path", ["cpu", "reference"])
+@pytest.mark.parametrize("eta", [None, 0.1])
+def test_a_pass_takes_its_sums(make, path, eta):
+    """As if they had been taken before, and what was not finite earlier forbids the step too."""
+    results = []
+    for taken in (False, True):
+        ws, ys, xs = ([make(random((5, 7), s + n)) for n in range(3)] for s in (0, 10, 20))
+        saved, momenta = ([torch.zeros_like(w) for w in ws] for _ in range(2))
+        with paths(path):
+            norms = None if taken else multi_norm(ys, weights=None if eta is None else ws, eta=eta or 0.0)
+            norms = perturb_(ws, ys, saved, norms, 0.3, eta=eta)
+            sums = None if taken else multi_dots(xs, ys)
+            sgd = {"lr": 0.1, "momentum": 0.9}
+            sums = multi_step_(ws, saved, xs, ys, momenta, sums, "gsam", alpha=0.3, **sgd)
+            combined = multi_combine_(xs, ys, sums if not taken else None, "gsam", alpha=0.3)
+            before = [w.clone() for w in ws]
+            flags = torch.tensor([0.0, 1.0])
+            last = multi_step_(before, ws, xs, ys, momenta, None, "second", nonfinite=flags, **sgd)
+        assert last.nonfinite is flags
+        assert flags.tolist() == [0, 1]
+        assert all(torch.equal(a, b) for a, b in zip(before, ws, strict=True))
+        results.append([*norms, *sums, *combined, *ws, *saved, *momenta, *xs])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_flags_of_an_earlier_pass_are_checked():
+    w, flags = [torch.ones(3)], torch.zeros(2)
+    for wrong in (torch.zeros(3), flags.double(), torch.zeros(4)[::2], torch.zeros(2, device="meta")):
+        with pytest.raises(ValueError, match="nonfinite must be"):
+            multi_step_(w, w, w, w, None, None, "second", lr=0.1, nonfinite=wrong)
+    with pytest.raises(ValueError, match="taken here"):
+        multi_step_(w, w, w, w, None, multi_dots(w, w), "second", lr=0.1, nonfinite=flags)
+    multi_step_(w, w, [torch.full((3,), torch.inf)], w, None, None, "second", lr=0.1, nonfinite=flags)
+    assert flags.tolist() == [1, 0]
 
 
 def test_autograd_sees_what_was_written():

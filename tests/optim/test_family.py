@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -381,3 +382,33 @@ def test_bad_input_of_the_family():
     with pytest.raises(TypeError, match="sparse"):
         optimizer.second_step()
     assert torch.equal(p, before)
+
+
+def test_weights_of_another_type_get_other_copies():
+    """model.double() in mid-training."""
+    params = parameters(torch.float32)
+    optimizer = GSAM(params, torch.optim.SGD, lr=0.05)
+    train(optimizer, params, 1)
+    for p in params:
+        p.data, p.grad = p.data.double(), None
+    before = [p.detach().clone() for p in params]
+    loss_of(params).backward()
+    optimizer.first_step()
+    optimizer.restore()
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    train(optimizer, params, 1)
+    assert all(place.saved.dtype == torch.float64 for place in optimizer._places()[0])
+
+
+def test_skipped_steps_are_counted_for_long():
+    (p,) = parameters()[:1]
+    optimizer = SAM([p], torch.optim.SGD, lr=0.1)
+    for i in range(150):
+        for step in (optimizer.first_step, optimizer.second_step):
+            p.grad = torch.full_like(p, float("nan") if i % 3 == 0 else 0.5)
+            step()
+        if i == 70:
+            optimizer = copy.deepcopy(optimizer)
+            (p,) = optimizer.param_groups[0]["params"]
+    assert optimizer.skipped == 50
+    assert p.isfinite().all()
