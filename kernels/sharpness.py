@@ -96,7 +96,10 @@ def _sum_block(
     if DOUBLES:
         bad_y += yv - yv
     if ADAPTIVE:
-        yv *= tl.abs(_load(w, at, count, WHOLE).to(tl.float64)) + eta
+        stretch = tl.abs(_load(w, at, count, WHOLE).to(tl.float64)) + eta
+        if DOUBLES:
+            bad_y += stretch - stretch
+        yv *= stretch
     b += yv * yv
     if DOTS:
         xv = _load(x, at, count, WHOLE).to(tl.float64)

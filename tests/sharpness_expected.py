@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from pyface.ops.reference import sharpness as reference
@@ -202,6 +203,20 @@ def check_nonfinite(core, dtype, sizes=(20, 40003), positions=((0, 0), (1, 0), (
             assert all(map(same_bits, (*w, *momenta), (*old, *old)))
 
 
+def check_nonfinite_weights(core, dtype, sizes=(20, 40003), positions=((0, 3), (1, 40002)), device="cpu"):
+    """They stop the adaptive ascent, also where their y is 0."""
+    for p, i in positions:
+        for value in (math.inf, -math.inf, math.nan):
+            w, _, y = to(device, *make(sizes, (dtype, dtype)))
+            w[p][i], y[p][i] = value, 0
+            old, saved = [t.clone() for t in w], [torch.zeros_like(t) for t in w]
+            sums = core.sums(None, y, w, 0.01)
+            assert sums[1].tolist() == [0, 1]
+            core.perturb_(w, saved, y, *sums, [0.5] * len(w), 1e-12, 0.0, 0.01)
+            assert all(map(same_bits, (*w, *saved), (*old, *old)))
+            assert core.sums(None, y, None, 0.0)[1].tolist() == [0, 0]
+
+
 def check_extremes(core, device="cpu"):
     """Values whose squares no float holds."""
     for value, dtype in ((1e20, F32), (1e-42, F32), (1e30, BF16), (65504.0, F16), (1e150, F64)):
@@ -279,3 +294,61 @@ def check_layouts(core, device="cpu"):
     expected = 0.3 * x + 0.7 * y
     core.combine_([x], [y], *core.sums([x], [y], None, 0.0), *rule_arguments("mix", {"t": 0.3}, False))
     torch.testing.assert_close(x, expected, rtol=0, atol=1e-6)
+
+
+class Passes:
+    """The tests of a path; a module that has a fixture `core` derives its own from them."""
+
+    device = "cpu"
+    few: list[int]  # sizes of the tensors
+    long: list[int]
+
+    def positions(self, dtype) -> list[int]:
+        """Where something that is not finite is put, the last at a tensor's end."""
+        raise NotImplementedError
+
+    @pytest.mark.parametrize("types", GPU_TYPES, ids=str)
+    def test_sums(self, core, types):
+        check_sums(core, types, self.long, self.device)
+
+    @pytest.mark.parametrize("eta", [None, 0.01])
+    @pytest.mark.parametrize("types", GPU_TYPES, ids=str)
+    def test_ascent_and_restoring(self, core, types, eta):
+        check_ascent(core, types, eta, self.long if types == (F32, F32) else self.few, self.device)
+
+    @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+    def test_bits_survive(self, core, dtype):
+        check_bits_survive(core, dtype, self.device)
+
+    @pytest.mark.parametrize("per_tensor", [False, True])
+    @pytest.mark.parametrize(("rule", "parameters"), RULES)
+    def test_rules(self, core, rule, parameters, per_tensor):
+        check_rule(core, (F32, F32), rule, parameters, per_tensor, self.few, self.device)
+
+    @pytest.mark.parametrize("types", GPU_TYPES, ids=str)
+    def test_types_of_rules_and_steps(self, core, types):
+        check_rule(core, types, "gsam", {"alpha": 0.4}, False, self.long, self.device)
+        check_step(core, types, "gsam", {"alpha": 0.4}, "nesterov", self.long, self.device)
+
+    @pytest.mark.parametrize(("rule", "parameters", "step"), RULES_AND_STEPS)
+    def test_steps(self, core, rule, parameters, step):
+        check_step(core, (F32, F32), rule, parameters, step, self.few, self.device)
+
+    @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+    def test_nonfinite_gradients_change_nothing(self, core, dtype):
+        *others, last = self.positions(dtype)
+        positions = [(0, 0), *((1, i) for i in (*others, last))]
+        check_nonfinite(core, dtype, (20, last + 1), positions, self.device)
+
+    @pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
+    def test_nonfinite_weights_stop_the_adaptive_ascent(self, core, dtype):
+        last = self.positions(dtype)[-1]
+        check_nonfinite_weights(core, dtype, (20, last + 1), [(0, 3), (1, last)], self.device)
+
+    def test_edges(self, core):
+        check_extremes(core, self.device)
+        check_degenerate(core, self.device)
+        check_layouts(core, self.device)
+
+    def test_lists_of_several_launches(self, core):
+        check_mixed_list(core, self.device)

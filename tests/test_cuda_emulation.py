@@ -8,6 +8,7 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (CXX
 
 BLOCKS = 3
 BLOCK_SUM, NO_BARRIER_AFTER_WRITE, NO_BARRIER_AFTER_READ, WARP_SUM = range(4)
+SUM_OF_WARPS, OVERTAKEN_BY_A_WARP, TOO_LARGE = range(11, 14)
 STOPPED = {
     4: ("read past the end of global memory", "heap-buffer-overflow"),
     5: ("write past a shared array", "global-buffer-overflow|insufficient space"),
@@ -33,13 +34,18 @@ def sums(program, op, order):
 
 @pytest.mark.parametrize("order", ORDERS)
 def test_sound_kernels_give_the_right_sums(faulty, order):
-    twice, expected = sums(faulty, BLOCK_SUM, order)
-    assert torch.equal(twice, 3 * expected)
+    for op in (BLOCK_SUM, SUM_OF_WARPS):
+        twice, expected = sums(faulty, op, order)
+        assert torch.equal(twice, 3 * expected)
     once, expected = sums(faulty, WARP_SUM, order)
     assert torch.equal(once, expected)
 
 
-@pytest.mark.parametrize("op", [NO_BARRIER_AFTER_WRITE, NO_BARRIER_AFTER_READ], ids=["after write", "after read"])
+@pytest.mark.parametrize(
+    "op",
+    [NO_BARRIER_AFTER_WRITE, NO_BARRIER_AFTER_READ, OVERTAKEN_BY_A_WARP],
+    ids=["after write", "after read", "between shuffles"],
+)
 def test_missing_barrier_gives_a_wrong_sum_in_some_order(faulty, op):
     wrong = []
     for order in ORDERS:
@@ -56,4 +62,4 @@ def test_mistake_is_stopped(faulty, op):
 
 def test_launch_limits_come_back_as_an_error_code(faulty):
     invalid_configuration = 9
-    assert run(faulty, [(11, torch.zeros(64), torch.zeros(1), 1)]) == [invalid_configuration]
+    assert run(faulty, [(TOO_LARGE, torch.zeros(64), torch.zeros(1), 1)]) == [invalid_configuration]

@@ -124,7 +124,11 @@ void sum_chunk(const W* w, const G* x, const G* y, double eta, std::int64_t n, d
       f64v yv = load_double(y + i), xv = {};
       if (kind == Sums::dots) xv = load_double(x + i);
       if (doubles) bad_x += xv - xv, bad_y += yv - yv;
-      if (kind == Sums::adaptive) yv *= absolute(load_double(w + i)) + eta;
+      if (kind == Sums::adaptive) {
+        const f64v t = absolute(load_double(w + i)) + eta;
+        if (doubles) bad_y += t - t;
+        yv *= t;
+      }
       take(j, xv, yv);
     }
   }
@@ -135,8 +139,9 @@ void sum_chunk(const W* w, const G* x, const G* y, double eta, std::int64_t n, d
     if (kind == Sums::dots) xv[0] = widen(x[i]);
     if (doubles) bad_x += xv - xv, bad_y += yv - yv;
     if (kind == Sums::adaptive) {
-      const double wide = widen(w[i]);
-      yv[0] *= (wide < 0 ? -wide : wide) + eta;
+      const double wide = widen(w[i]), t = (wide < 0 ? -wide : wide) + eta;
+      if (doubles) bad_y[0] += t - t;
+      yv[0] *= t;
     }
     take(0, xv, yv);
   }

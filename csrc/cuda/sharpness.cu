@@ -193,7 +193,11 @@ __global__ void __launch_bounds__(kThreads)
         for (int i = 0; i < N; ++i) {
           double yv = widen(ys[p].values[i]);
           if constexpr (kDoubles) sums[4] += yv - yv;
-          if constexpr (Kind == Sums::adaptive) yv *= std::abs(double(widen(ws[p].values[i]))) + eta;
+          if constexpr (Kind == Sums::adaptive) {
+            const double t = std::abs(double(widen(ws[p].values[i]))) + eta;
+            if constexpr (kDoubles) sums[4] += t - t;
+            yv *= t;
+          }
           sums[1] += yv * yv;
           if constexpr (Kind == Sums::dots) {
             const double xv = widen(xs[p].values[i]);

@@ -9,7 +9,16 @@ from pyface.ops.attention import concat_kv_attention, spatial_prior_attention
 from pyface.ops.coupling import affine_coupling, haar_dwt2d, haar_idwt2d
 from pyface.ops.deform_conv import deform_conv2d
 from pyface.ops.dense_block import dense_block
-from pyface.ops.sharpness import multi_combine_, multi_dots, multi_norm, multi_step_, perturb_, restore_
+from pyface.ops.sharpness import (
+    multi_combine,
+    multi_combine_,
+    multi_dots,
+    multi_norm,
+    multi_step_,
+    perturb,
+    perturb_,
+    restore_,
+)
 from pyface.ops.spectral import high_pass, mask_high_frequencies, spectral_filter
 
 __all__ = [
@@ -23,11 +32,13 @@ __all__ = [
     "haar_idwt2d",
     "high_pass",
     "mask_high_frequencies",
+    "multi_combine",
     "multi_combine_",
     "multi_dots",
     "multi_norm",
     "multi_step_",
     "paths",
+    "perturb",
     "perturb_",
     "restore_",
     "spatial_prior_attention",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -42,7 +43,8 @@ class Sums(NamedTuple):
 
     Attributes:
         values: Tensor[T + 1, 3] float64, of each tensor and (last row) of all: the sums of x², y², xy.
-        nonfinite: Tensor[2] float32: 1 where an x, a y has an element that is not finite, else 0.
+        nonfinite: Tensor[2] float32: 1 where an x, a y has an element that is not finite, else 0. In a norm taken with
+            weights the second looks at them too.
     """
 
     values: Tensor
@@ -91,6 +93,25 @@ def _check_types(op: str, weights: Sequence[Tensor], others: Sequence[Tensor]) -
             raise TypeError(f"{op}: saved weights and momenta must have the weight's type {w.dtype}, got {other.dtype}")
 
 
+def check_apart(op: str, name: str, tensors: Sequence[Tensor]) -> None:
+    """Refuses tensors that share memory: a second one would be saved when the first has moved it.
+
+    The compiled modules read plain lists without this. A tensor with gaps, or of a class of its own, is not looked at.
+    """
+    spans = [
+        (t.data_ptr(), t.data_ptr() + t.numel() * t.element_size(), p)
+        for p, t in enumerate(tensors)
+        if type(t) in (Tensor, torch.nn.Parameter) and (t.is_cpu or t.is_cuda) and t.numel() and _is_dense(t)
+    ]
+    spans.sort()
+    for (_, end, p), (begin, _, q) in itertools.pairwise(spans):
+        if begin < end:
+            raise ValueError(
+                f"{op}: {name}[{p}] and {name}[{q}] share memory; list it once. What is tied must be one "
+                "nn.Parameter, whose gradient is then the sum"
+            )
+
+
 def _check_sums(op: str, count: int, sums: Tensor, nonfinite: Tensor) -> None:
     if sums.shape != (count + 1, 3) or sums.dtype != torch.float64 or not sums.is_contiguous():
         raise ValueError(
@@ -111,7 +132,7 @@ def _check_flags(op: str, sums: Sums | None, nonfinite: Tensor, tensors: Sequenc
         raise ValueError(f"{op}: nonfinite must be on {tensors[0].device} as the tensors, got {nonfinite.device}")
 
 
-def _check_rule(op: str, rule: str, parameters: dict[str, float]) -> tuple[float, float]:
+def _check_rule(op: str, rule: str, parameters: dict) -> tuple:
     if rule not in RULES:
         raise ValueError(f"{op}: no rule is called {rule!r}; the rules are {', '.join(RULES)}")
     if parameters.keys() != _RULE_NAMES[rule]:
@@ -120,7 +141,7 @@ def _check_rule(op: str, rule: str, parameters: dict[str, float]) -> tuple[float
         )
     if rule == "constrained" and not parameters["lower"] <= parameters["upper"]:
         raise ValueError(f"{op}: lower must not be above upper, got {parameters['lower']} and {parameters['upper']}")
-    values = [float(parameters[name]) for name in RULES[rule]]
+    values = [parameters[name] for name in RULES[rule]]
     return (values or [0.0])[0], values[1] if len(values) > 1 else 0.0
 
 
@@ -399,15 +420,25 @@ def _dots_fake(xs, ys, path):
     return _norm_fake(ys, None, 0.0, path)
 
 
-def _check_rhos(rhos, weights):
+def _check_rhos(op, rhos, weights):
     if len(rhos) != len(weights):
-        raise ValueError(f"perturb_: rho must be one number or one per tensor ({len(weights)}), got {len(rhos)}")
+        raise ValueError(f"{op}: rho must be one number or one per tensor ({len(weights)}), got {len(rhos)}")
+
+
+def _rhos(op, rho, weights) -> list:
+    one = isinstance(rho, int | float) or (isinstance(rho, Tensor) and not rho.dim())
+    rhos = [rho] * len(weights) if one else list(rho)
+    _check_rhos(op, rhos, weights)
+    if not all(isinstance(r, Tensor) or 0 <= r < float("inf") for r in ((rho,) if one else set(rhos))):
+        raise ValueError(f"{op}: rho must be finite and not negative, got {rho}")
+    return rhos
 
 
 def _perturb(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta, path):
-    _check_rhos(rho, weights)
+    _check_rhos("perturb_", rho, weights)
     _check("perturb_", weights=weights, saved=saved, ys=ys)
     _check_types("perturb_", weights, saved)
+    check_apart("perturb_", "weights", weights)
     _check_sums("perturb_", len(ys), sums, nonfinite)
     if weights:
         _pick(path, weights, ys).perturb_(weights, saved, ys, sums, nonfinite, rho, eps, shrink, eta)
@@ -449,6 +480,7 @@ def _step(weights, saved, xs, ys, momenta, sums, nonfinite, rule, p0, p1, per_te
     _check("multi_step_", weights=weights, saved=saved, xs=xs, ys=ys, **({"momenta": momenta} if momenta else {}))
     for others in (saved, momenta):
         _check_types("multi_step_", weights, others)
+    check_apart("multi_step_", "weights", weights)
     _check_sums("multi_step_", len(ys), sums, nonfinite)
     if weights:
         run = _pick(path, weights, xs, ys)
@@ -585,10 +617,11 @@ def perturb_(
 ) -> Sums:
     """Saves the weights, then moves them uphill: w += (rho / (sqrt(b) + eps) - shrink) y, b = sum of y² over all.
 
-    Where b is 0 or an element of ys is not finite, the weights keep their bits. (SAM, arXiv:2010.01412, equation 2.)
+    Where b is 0 or an element of ys (with `eta` also: of the weights) is not finite, the weights keep their bits. (SAM,
+    arXiv:2010.01412, equation 2.)
 
     Args:
-        weights: T tensors, changed in place.
+        weights: T tensors that share no memory, changed in place.
         ys: T gradients shaped like them.
         saved: T tensors shaped and typed like the weights, which receive their bits.
         sums: of :func:`multi_norm` over ys; None: taken here, which looks at every list once instead of twice.
@@ -600,11 +633,8 @@ def perturb_(
     Returns:
         The sums.
     """
-    one = isinstance(rho, int | float)
-    rhos = [float(rho)] * len(weights) if one else list(map(float, rho))
-    _check_rhos(rhos, weights)
-    if not all(0 <= r < float("inf") for r in ((rho,) if one else set(rhos))):
-        raise ValueError(f"perturb_: rho must be finite and not negative, got {rho}")
+    rho = float(rho) if isinstance(rho, int | float) else list(map(float, rho))
+    rhos = _rhos("perturb_", rho, weights)
     found = _perturb_op(
         _listed(weights), _listed(saved), _listed(ys), *_sums_or_none(sums), rhos, float(eps), float(shrink), eta,
         chosen_path(),
@@ -653,7 +683,7 @@ def multi_combine_(
     Returns:
         The sums.
     """
-    p0, p1 = _check_rule("multi_combine_", rule, parameters)
+    p0, p1 = map(float, _check_rule("multi_combine_", rule, parameters))
     per_tensor = _granularity("multi_combine_", rule, granularity)
     found = _combine_op(_listed(xs), _listed(ys), *_sums_or_none(sums), rule, p0, p1, per_tensor, chosen_path())
     return Sums(*found) if sums is None else sums
@@ -682,7 +712,7 @@ def multi_step_(
     """:func:`restore_`, :func:`multi_combine_` and a step of SGD in one pass; G is never stored.
 
     Args:
-        weights, saved, xs, ys: T tensors each, shaped alike. Only the weights are written.
+        weights, saved, xs, ys: T tensors each, shaped alike. Only the weights are written; they share no memory.
         momenta: T buffers typed like the weights, written in place; None or empty with momentum 0.
         first: the buffers hold nothing yet: they become the gradient, as in torch.optim.SGD.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
@@ -694,7 +724,7 @@ def multi_step_(
     Returns:
         The sums.
     """
-    p0, p1 = _check_rule("multi_step_", rule, parameters)
+    p0, p1 = map(float, _check_rule("multi_step_", rule, parameters))
     if bool(momenta) != (momentum != 0) and len(weights):
         raise ValueError(
             f"multi_step_: momentum {momentum} needs {'a buffer per weight' if momentum else 'no buffers'}, "
@@ -710,3 +740,67 @@ def multi_step_(
         chosen_path(),
     )  # fmt: skip
     return Sums(*found) if sums is None else sums
+
+
+# ---- out of place ---------------------------------------------------------------------------------------------------
+
+
+def perturb(
+    weights: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    rho: float | Tensor | Sequence[float | Tensor],
+    *,
+    eps: float = 1e-12,
+    shrink: float | Tensor = 0.0,
+    eta: float | None = None,
+) -> list[Tensor]:
+    """The weights that :func:`perturb_` would leave, as new tensors with gradients: for meta-learning.
+
+    Plain tensor code, whatever the path: it takes any order of derivatives, forward mode, torch.func and
+    torch.compile, and keeps float64 copies of its lists for the backward pass. With C the cotangents, <, > over the
+    whole lists and n = sqrt(<y, y>)::
+
+        dw = C,  dy = (rho/(n + eps) - shrink) C - rho <C, y> y / (n (n + eps)^2),  drho = <C, y> / (n + eps)
+
+    Where y is 0 or not finite nothing moves, and C goes to the weights alone.
+
+    Args:
+        weights, ys: T tensors each, shaped alike.
+        rho: one length or one per tensor; a Tensor[] or Tensor[T] has a gradient, and is taken as it is: to look
+            whether it is negative would wait for the device.
+        eps, shrink, eta: as in :func:`perturb_`; shrink may be a Tensor[].
+
+    Returns:
+        T tensors, shaped and typed like the weights.
+    """
+    weights, ys = list(weights), list(ys)
+    _check("perturb", weights=weights, ys=ys)
+    rhos = _rhos("perturb", rho, weights)
+    return reference.perturbed(weights, ys, rhos, eps, shrink, eta) if weights else []
+
+
+def multi_combine(
+    xs: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    rule: str,
+    *,
+    granularity: str | None = None,
+    **parameters: float | Tensor,
+) -> list[Tensor]:
+    """G of :func:`multi_combine_` as new tensors with gradients; like :func:`perturb`, plain tensor code.
+
+    u and v are differentiated with the sums they follow from; the choice of a case is constant. Where a or b is 0, and
+    where an element is not finite, G is x, and so is its gradient.
+
+    Args:
+        xs, ys: T tensors each, shaped alike.
+        rule, granularity, parameters: as in :func:`multi_combine_`; t and alpha may be a Tensor[] with a gradient.
+
+    Returns:
+        T tensors, shaped and typed like the xs.
+    """
+    xs, ys = list(xs), list(ys)
+    p0, p1 = _check_rule("multi_combine", rule, parameters)
+    per_tensor = _granularity("multi_combine", rule, granularity)
+    _check("multi_combine", xs=xs, ys=ys)
+    return reference.combination(xs, ys, rule, p0, p1, per_tensor) if xs else []

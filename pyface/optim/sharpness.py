@@ -14,7 +14,7 @@ from torch.optim import optimizer as torch_optimizer
 
 from pyface.errors import UserError
 from pyface.ops import multi_combine_, multi_dots, multi_norm, multi_step_, perturb_, restore_
-from pyface.ops.sharpness import Sums
+from pyface.ops.sharpness import Sums, check_apart
 
 # What a step of SGD needs of a group.
 _SGD = ("lr", "momentum", "dampening", "weight_decay", "nesterov", "maximize")
@@ -50,7 +50,9 @@ class SAM(Optimizer):
 
     A step with a gradient that is not finite, in either pass, is skipped and counted in :attr:`skipped`; the weights
     keep their bits. A parameter without a gradient in the first pass does not move in it; one without one in the second
-    gets its weight back and is not updated. Where all first gradients are 0 nothing moves.
+    gets its weight back and is not updated. Where all first gradients are 0 nothing moves. With ``maximize=True`` the
+    first step goes downhill: training is then the same as with the negated loss. A parameter that is listed twice
+    counts once; two that share memory are refused.
 
     Under plain torch.optim.SGD the restoring, the rule and SGD's step are one pass over memory
     (:func:`pyface.ops.multi_step_`), equal to the separate passes to rounding, and nothing waits for the device.
@@ -65,8 +67,9 @@ class SAM(Optimizer):
         base_arguments: of the base optimiser (lr=0.1).
 
     Raises:
-        UserError: a rho that is negative or not finite; steps out of order; no gradients.
-        TypeError: sparse or complex gradients. ValueError: parameters on several devices.
+        UserError: a rho that is negative or not finite; steps out of order; no gradients; an instance, or LBFGS, for
+            a base optimiser.
+        TypeError: sparse or complex gradients. ValueError: parameters on several devices, or that share memory.
     """
 
     rule = "second"
@@ -80,6 +83,17 @@ class SAM(Optimizer):
         rho: float = 0.05,
         **base_arguments: Any,
     ):
+        name = type(self).__name__
+        if isinstance(base_optimizer, Optimizer):
+            raise UserError(
+                f"{name}: base_optimizer must be a class, as in {name}(params, torch.optim.SGD, lr=0.1), got one of "
+                f"{type(base_optimizer).__name__}'s instances"
+            )
+        if base_optimizer is torch.optim.LBFGS:
+            raise UserError(
+                f"{name}: LBFGS evaluates the loss itself, several times a step, and cannot be a base optimiser; take "
+                "one whose step needs no closure"
+            )
         self.rule_parameters = {}
         self._skips: Tensor | None = None
         self._flags: list[Tensor] = []  # of steps that are not in _skips yet
@@ -102,6 +116,11 @@ class SAM(Optimizer):
             self.base_optimizer.add_param_group({"rho": rho, **param_group})
         else:
             super().add_param_group(param_group)
+        group = self.param_groups[-1]
+        params = group["params"]
+        if len(set(params)) < len(params):  # of which torch warns
+            first = sorted({p: n for n, p in reversed(list(enumerate(params)))}.values())
+            group |= {key: [group[key][n] for n in first] for key in ("params", "param_names") if key in group}
 
     # ---- the two passes ---------------------------------------------------------------------------------------------
 
@@ -112,10 +131,10 @@ class SAM(Optimizer):
             len(params) == len(group["params"]) and all(map(operator.is_, params, group["params"]))
             for (params, _), group in zip(placed, groups, strict=True)
         ):
+            check_apart(type(self).__name__, "parameters", [p for group in groups for p in group["params"]])
             known = {place.param: place for _, places in placed for place in places}
             self._placed = [
-                (list(group["params"]), [known.get(p) or _Place(p) for p in dict.fromkeys(group["params"])])
-                for group in groups
+                (list(group["params"]), [known.get(p) or _Place(p) for p in group["params"]]) for group in groups
             ]
         return [places for _, places in self._placed]
 
@@ -138,7 +157,7 @@ class SAM(Optimizer):
         if self._moved is not None:
             raise UserError(f"{type(self).__name__}: first_step was called twice without a second_step between")
         self._scale = 1.0 if scaler is None else scaler.get_scale()
-        moved, ys, rhos = [], [], []
+        moved, ys, rhos, downhill = [], [], [], []
         for group, places in zip(self.param_groups, self._places(), strict=True):
             for place in places:
                 y = place.param.grad
@@ -146,14 +165,19 @@ class SAM(Optimizer):
                     moved.append(place)
                     # A view (DDP's bucket) is written again by the second backward pass.
                     ys.append(y if y._base is None else y.detach().clone())
-            rhos += [group["rho"]] * (len(moved) - len(rhos))
+            more = len(moved) - len(rhos)
+            rhos += [group["rho"]] * more
+            if group.get("maximize"):
+                downhill += range(len(rhos) - more, len(rhos))
         if not moved:
             raise UserError(
                 f"{type(self).__name__}: no parameter has a gradient; call loss.backward() before the step, "
                 "the closure only computes the second gradients"
             )
         params = [place.param for place in moved]
-        directions = self._ascent(params, ys)
+        directions = list(self._ascent(params, ys))
+        for n in downhill:
+            directions[n] = -directions[n]
 
         def move(saved: list[Tensor]) -> Sums:
             return perturb_(params, directions, saved, None, rhos, eta=self._eta(), shrink=self.shrink / self._scale)
@@ -195,6 +219,8 @@ class SAM(Optimizer):
         """
         if self._moved is None:
             raise UserError(f"{type(self).__name__}: second_step needs a first_step before it")
+        if scaler is not None and not scaler.is_enabled():
+            scaler = None  # it would step with gradients that are not finite
         groups, xs = [], []
         for places in self._places():
             mine = []
@@ -390,6 +416,8 @@ class SAM(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self.base_optimizer.load_state_dict(state_dict)
         self._share()
+        for group in self.param_groups:
+            group.setdefault("rho", self.defaults["rho"])  # the base optimiser's own state dict has none
 
     def __getstate__(self) -> dict[str, Any]:
         self._count_flags()
@@ -524,15 +552,18 @@ _wrapped._wrapped_by_lr_sched = True
 
 @contextlib.contextmanager
 def frozen_statistics(model: nn.Module) -> Iterator[None]:
-    """Batch normalisation uses the batch's statistics and does not record them: for the second pass of a closure."""
+    """Batch and instance normalisation use the batch's statistics and do not record them: for the second pass."""
     modules = [
         m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.training
         and m.track_running_stats
     ]  # fmt: skip
+    kept = [(m.running_mean, m.running_var) for m in modules]
     for module in modules:
         module.track_running_stats = False
+        if isinstance(module, nn.modules.instancenorm._InstanceNorm):  # which writes to what it has all the same
+            module.running_mean = module.running_var = None
     try:
         yield
     finally:
-        for module in modules:
-            module.track_running_stats = True
+        for module, (mean, var) in zip(modules, kept, strict=True):
+            module.track_running_stats, module.running_mean, module.running_var = True, mean, var

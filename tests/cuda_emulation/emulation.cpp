@@ -1,4 +1,5 @@
-// The emulated GPU: blocks in sequence, the threads of a block as fibers that change hands at barriers and shuffles.
+// The emulated GPU: blocks in sequence, the threads of a block as fibers that change hands at barriers and shuffles,
+// warp by warp.
 #include <cuda_runtime.h>
 #include <ucontext.h>
 
@@ -117,16 +118,37 @@ void release_barrier(unsigned threads) {
   for (unsigned i = 0; i < threads; ++i) fibers[i]->state = Fiber::ready;
 }
 
+// `count` numbers from `first` on, in the order in which they take turns.
+std::vector<unsigned> turns(unsigned first, unsigned count) {
+  std::vector<unsigned> result(count);
+  for (unsigned i = 0; i < count; ++i) result[i] = first + (turn_order == Order::descending ? count - 1 - i : i);
+  if (turn_order == Order::shuffled) std::shuffle(result.begin(), result.end(), shuffler);
+  return result;
+}
+
+// Each thread of a warp that can go on goes on once; whether there was any.
+bool run_warp(unsigned warp, unsigned threads) {
+  bool progress = false;
+  const unsigned first = warp * kLanes;
+  for (const unsigned i : turns(first, std::min(kLanes, threads - first))) {
+    if (fibers[i]->state != Fiber::ready) continue;
+    progress = true;
+    resume(*fibers[i]);
+  }
+  return progress;
+}
+
+// A warp goes on through its exchanges until a barrier holds it, so that it overtakes the others where none does. If
+// shuffled it may also be stopped between two exchanges.
 void run_block(unsigned threads) {
-  std::vector<unsigned> turns(threads);
-  for (unsigned i = 0; i < threads; ++i) turns[i] = turn_order == Order::descending ? threads - 1 - i : i;
   while (true) {
-    if (turn_order == Order::shuffled) std::shuffle(turns.begin(), turns.end(), shuffler);
     bool progress = false;
-    for (const unsigned i : turns) {
-      if (fibers[i]->state != Fiber::ready) continue;
-      progress = true;
-      resume(*fibers[i]);
+    for (const unsigned warp : turns(0, (threads + kLanes - 1) / kLanes)) {
+      const bool far = turn_order != Order::shuffled || shuffler() % 2;
+      while (run_warp(warp, threads)) {
+        progress = true;
+        if (!far) break;
+      }
     }
     if (progress) continue;
     if (std::all_of(fibers.begin(), fibers.begin() + threads, [](auto& f) { return f->state == Fiber::done; })) return;

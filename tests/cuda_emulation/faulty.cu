@@ -33,6 +33,22 @@ __global__ void warp_sum(const float* in, float* out) {
   if (threadIdx.x % 32 == 0 && votes == 0xffffffffu) atomicAdd(out + blockIdx.x, first);
 }
 
+// out[block] = three times the sum of the block's 64 inputs: of each warp, then of both, twice over.
+template <bool BarrierAfterRead>
+__global__ void sum_of_warps(const float* in, float* out) {
+  __shared__ float warps[2];
+  float total = 0;
+  for (int round = 0; round < 2; ++round) {
+    float value = in[blockIdx.x * kThreads + threadIdx.x] * float(round + 1);
+    for (int step = 16; step > 0; step /= 2) value += __shfl_down_sync(0xffffffffu, value, step);
+    if (BarrierAfterRead) __syncthreads();
+    if (threadIdx.x % 32 == 0) warps[threadIdx.x / 32] = value;
+    __syncthreads();
+    total += warps[0] + warps[1];
+  }
+  if (threadIdx.x == 5) out[blockIdx.x] = total;
+}
+
 __global__ void read_past_the_end(const float* in, float* out) {
   if (threadIdx.x == 0) out[blockIdx.x] = in[gridDim.x * kThreads];
 }
@@ -91,6 +107,8 @@ int main(int, char** argv) {
       case 8: return launch(barrier_in_branches);
       case 9: return launch(shuffle_without_a_lane);
       case 10: return pyface::cuda::launch(warp_sum, blocks, kThreads, nullptr, in, out);
+      case 11: return launch(sum_of_warps<true>);
+      case 12: return launch(sum_of_warps<false>);
       default: return pyface::cuda::launch(warp_sum, blocks, 2048, call.stream(), in, out);
     }
   });

@@ -8,10 +8,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sharpness_expected import RULES, TYPES, make, rule_expected
+from sharpness_expected import RULES, TYPES, check_nonfinite_weights, make, rule_expected
 
 import pyface
 from pyface.ops import multi_combine_, multi_dots, multi_norm, multi_step_, paths, perturb_, restore_
+from pyface.ops.sharpness import CORE
 
 
 @pytest.fixture(params=["cpu", "reference"])
@@ -120,6 +121,11 @@ def test_nonfinite_gradients_change_nothing(path, dtype, value, position):
         bad[-1][position] = kept
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_weights_that_are_not_finite_stop_the_adaptive_ascent(path, dtype):
+    check_nonfinite_weights(CORE.pick("cpu", (dtype, dtype), path), dtype)
+
+
 def test_large_and_small_values_are_finite(path):
     for value in (1e20, 1e-42):
         ys = [torch.full((100,), value)]
@@ -220,6 +226,14 @@ def test_bad_input_is_refused():
         multi_dots(a, [torch.ones(4)])
     with pytest.raises(ValueError, match="equally long"):
         multi_dots(a, [])
+    whole = torch.ones(8)
+    for parts in ([whole, whole], [whole[:5], whole[4:]]):
+        again = [t.clone() for t in parts]
+        with paths("reference"), pytest.raises(ValueError, match="share memory"):
+            perturb_(parts, again, again, None, 0.1)
+        with paths("reference"), pytest.raises(ValueError, match="share memory"):
+            multi_step_(parts, again, again, again, None, None, "second", lr=0.1)
+    assert torch.equal(whole, torch.ones(8))
     with pytest.raises(ValueError, match="no rule"):
         multi_combine_(a, a, sums, "best")
     with pytest.raises(ValueError, match="rho"):

@@ -5,26 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from cuda_emulation import CSRC, HERE, build, compiler, run
-from sharpness_expected import (
-    BF16,
-    F16,
-    F32,
-    F64,
-    GPU_TYPES,
-    RULES,
-    RULES_AND_STEPS,
-    check_ascent,
-    check_bits_survive,
-    check_degenerate,
-    check_extremes,
-    check_layouts,
-    check_mixed_list,
-    check_nonfinite,
-    check_rule,
-    check_step,
-    check_sums,
-    make,
-)
+from sharpness_expected import Passes, make
 
 from pyface.ops._sharpness_gpu import Cuda
 from pyface.ops.sharpness import table
@@ -33,7 +14,6 @@ pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler (CXX
 
 PASSES = ["sums", "perturb", "restore", "combine", "step"]
 CHUNK = 2048  # of the emulated build
-FEW = [0, 1, 17, 2047, 5003, 2049]
 
 
 class Emulated(Cuda):
@@ -58,52 +38,12 @@ def core():
     return Emulated()
 
 
-@pytest.mark.parametrize("types", GPU_TYPES, ids=str)
-def test_sums(core, types):
-    check_sums(core, types, FEW if types != (F32, F32) else [70001, 2048, 2047])
+class TestPasses(Passes):
+    few = [0, 1, 17, 2047, 5003, 2049]
+    long = [*few, 70001]
 
-
-@pytest.mark.parametrize("eta", [None, 0.01])
-@pytest.mark.parametrize("types", GPU_TYPES, ids=str)
-def test_ascent_and_restoring(core, types, eta):
-    check_ascent(core, types, eta, FEW)
-
-
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
-def test_bits_survive(core, dtype):
-    check_bits_survive(core, dtype)
-
-
-@pytest.mark.parametrize("per_tensor", [False, True])
-@pytest.mark.parametrize(("rule", "parameters"), RULES)
-def test_rules(core, rule, parameters, per_tensor):
-    check_rule(core, (F32, F32), rule, parameters, per_tensor, FEW)
-
-
-@pytest.mark.parametrize("types", GPU_TYPES, ids=str)
-def test_types_of_rules_and_steps(core, types):
-    check_rule(core, types, "gsam", {"alpha": 0.4}, False, FEW)
-    check_step(core, types, "gsam", {"alpha": 0.4}, "nesterov", FEW)
-
-
-@pytest.mark.parametrize(("rule", "parameters", "step"), RULES_AND_STEPS)
-def test_steps(core, rule, parameters, step):
-    check_step(core, (F32, F32), rule, parameters, step, FEW)
-
-
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
-def test_nonfinite_gradients_change_nothing(core, dtype):
-    check_nonfinite(core, dtype, (20, 5003), ((0, 0), (1, 5002)))
-
-
-def test_edges(core):
-    check_extremes(core)
-    check_degenerate(core)
-    check_layouts(core)
-
-
-def test_lists_of_several_launches(core):
-    check_mixed_list(core)
+    def positions(self, dtype):
+        return [5002]
 
 
 def test_bits_do_not_depend_on_the_order_of_threads():

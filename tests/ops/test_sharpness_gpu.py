@@ -4,35 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sharpness_expected import (
-    BF16,
-    F16,
-    F32,
-    F64,
-    GPU_TYPES,
-    RULES,
-    RULES_AND_STEPS,
-    SIZES,
-    check_ascent,
-    check_bits_survive,
-    check_degenerate,
-    check_extremes,
-    check_layouts,
-    check_mixed_list,
-    check_nonfinite,
-    check_rule,
-    check_step,
-    check_sums,
-    make,
-    to,
-)
+from sharpness_expected import BF16, F32, SIZES, Passes, check_rule, check_sums, make, to
 
 import pyface
 from pyface.ops import multi_combine_, multi_dots, multi_norm, multi_step_, perturb_, restore_
 from pyface.ops.sharpness import CORE
 
 pytestmark = pytest.mark.gpu
-LARGE = [*SIZES, 1_000_003, 5_000_000]
 
 
 @pytest.fixture(params=["cuda", "triton"])
@@ -46,52 +24,12 @@ def core(path):
     return CORE.pick("cuda", (F32, F32), path)
 
 
-@pytest.mark.parametrize("types", GPU_TYPES, ids=str)
-def test_sums(core, types):
-    check_sums(core, types, LARGE, "cuda")
+class TestPasses(Passes):
+    device = "cuda"
+    few = long = [*SIZES, 1_000_003, 5_000_000]
 
-
-@pytest.mark.parametrize("eta", [None, 0.01])
-@pytest.mark.parametrize("types", GPU_TYPES, ids=str)
-def test_ascent_and_restoring(core, types, eta):
-    check_ascent(core, types, eta, LARGE, "cuda")
-
-
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
-def test_bits_survive(core, dtype):
-    check_bits_survive(core, dtype, "cuda")
-
-
-@pytest.mark.parametrize("per_tensor", [False, True])
-@pytest.mark.parametrize(("rule", "parameters"), RULES)
-def test_rules(core, rule, parameters, per_tensor):
-    check_rule(core, (F32, F32), rule, parameters, per_tensor, LARGE, "cuda")
-
-
-@pytest.mark.parametrize("types", GPU_TYPES, ids=str)
-def test_types_of_rules_and_steps(core, types):
-    check_rule(core, types, "gsam", {"alpha": 0.4}, False, LARGE, "cuda")
-    check_step(core, types, "gsam", {"alpha": 0.4}, "nesterov", LARGE, "cuda")
-
-
-@pytest.mark.parametrize(("rule", "parameters", "step"), RULES_AND_STEPS)
-def test_steps(core, rule, parameters, step):
-    check_step(core, (F32, F32), rule, parameters, step, SIZES, "cuda")
-
-
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
-def test_nonfinite_gradients_change_nothing(core, dtype):
-    check_nonfinite(core, dtype, device="cuda")
-
-
-def test_edges(core):
-    check_extremes(core, "cuda")
-    check_degenerate(core, "cuda")
-    check_layouts(core, "cuda")
-
-
-def test_lists_of_several_launches(core):
-    check_mixed_list(core, "cuda")
+    def positions(self, dtype):
+        return [0, 33000, 40002]
 
 
 def test_two_thousand_small_tensors(core):

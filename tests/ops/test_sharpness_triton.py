@@ -6,33 +6,12 @@ import re
 from types import SimpleNamespace
 
 import pytest
-from sharpness_expected import (
-    BF16,
-    F16,
-    F32,
-    F64,
-    GPU_TYPES,
-    RULES,
-    RULES_AND_STEPS,
-    check_ascent,
-    check_bits_survive,
-    check_degenerate,
-    check_extremes,
-    check_layouts,
-    check_mixed_list,
-    check_nonfinite,
-    check_rule,
-    check_step,
-    check_sums,
-)
+from sharpness_expected import BF16, F16, F32, F64, GPU_TYPES, Passes
 from triton_interpreter import KERNELS, Interpreter, load
 
 from pyface.ops._sharpness_gpu import Triton
 
 triton = pytest.importorskip("triton")
-
-FEW = [0, 1, 17, 2047, 2049]  # the interpreter is slow
-LONG = [*FEW, 34817]
 
 
 @pytest.fixture(scope="module")
@@ -61,53 +40,12 @@ def core():
     interpreter.close()
 
 
-@pytest.mark.parametrize("types", GPU_TYPES, ids=str)
-def test_sums(core, types):
-    check_sums(core, types, LONG)
+class TestPasses(Passes):
+    few = [0, 1, 17, 2047, 2049]  # the interpreter is slow
+    long = [*few, 34817]
 
-
-@pytest.mark.parametrize("eta", [None, 0.01])
-@pytest.mark.parametrize("types", GPU_TYPES, ids=str)
-def test_ascent_and_restoring(core, types, eta):
-    check_ascent(core, types, eta, LONG if types == (F32, F32) else FEW)
-
-
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
-def test_bits_survive(core, dtype):
-    check_bits_survive(core, dtype)
-
-
-@pytest.mark.parametrize("per_tensor", [False, True])
-@pytest.mark.parametrize(("rule", "parameters"), RULES)
-def test_rules(core, rule, parameters, per_tensor):
-    check_rule(core, (F32, F32), rule, parameters, per_tensor, FEW)
-
-
-@pytest.mark.parametrize("types", GPU_TYPES, ids=str)
-def test_types_of_rules_and_steps(core, types):
-    check_rule(core, types, "gsam", {"alpha": 0.4}, False, LONG)
-    check_step(core, types, "gsam", {"alpha": 0.4}, "nesterov", LONG)
-
-
-@pytest.mark.parametrize(("rule", "parameters", "step"), RULES_AND_STEPS)
-def test_steps(core, rule, parameters, step):
-    check_step(core, (F32, F32), rule, parameters, step, FEW)
-
-
-@pytest.mark.parametrize("dtype", [F32, F64, BF16, F16], ids=str)
-def test_nonfinite_gradients_change_nothing(core, dtype):
-    last = 32768 if dtype == F32 else 2100
-    check_nonfinite(core, dtype, (20, last + 1), ((0, 0), (1, last)))
-
-
-def test_edges(core):
-    check_extremes(core)
-    check_degenerate(core)
-    check_layouts(core)
-
-
-def test_lists_of_several_launches(core):
-    check_mixed_list(core)
+    def positions(self, dtype):
+        return [32768 if dtype == F32 else 2100]
 
 
 NAMES = {F32: "fp32", F64: "fp64", BF16: "bf16", F16: "fp16"}

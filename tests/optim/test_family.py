@@ -167,6 +167,24 @@ def test_a_rule_of_the_core_makes_an_optimiser(name):
     assert 0 < conflicts < 8
 
 
+@pytest.mark.parametrize("kind", ALL)
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_maximising_is_minimising_the_negated_loss(kind, base):
+    results = []
+    for sign in (1, -1):
+        params = parameters()
+        optimizer = kind(
+            [{"params": params[:1]}, {"params": params[1:], "rho": 0.5}], base, rho=0.3, lr=0.02, maximize=sign < 0
+        )
+        for i in range(4):
+            for take in (optimizer.first_step, optimizer.second_step):
+                (sign * loss_of(params, i)).backward()
+                take(zero_grad=True)
+        results.append(params)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
 def test_groups_have_their_own_rho_and_one_norm():
     ours, plain = parameters(), parameters()
     optimizer = SAM(

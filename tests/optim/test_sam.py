@@ -249,6 +249,32 @@ def test_nan_gradients_skip_the_step(bad_pass):
     assert optimizer.skipped == 1
 
 
+@pytest.mark.parametrize("bad_pass", [1, 2])
+def test_a_disabled_scaler_is_none(bad_pass):
+    model = small()
+    optimizer = SAM(model.parameters(), torch.optim.AdamW, lr=0.1)
+    scaler = torch.amp.GradScaler("cpu", enabled=False)
+    before = weights(model)
+
+    def step(bad):
+        def backward(number):
+            scaler.scale(model(torch.ones(2, 3)).sum()).backward()
+            if number == bad:
+                model[0].weight.grad[0, 1] = float("nan")
+
+        optimizer.zero_grad()
+        backward(1)
+        optimizer.step(lambda: backward(2), scaler=scaler)
+        scaler.update()
+
+    step(bad_pass)
+    assert same(before, weights(model))
+    assert optimizer.skipped == 1
+    step(None)
+    assert not same(before, weights(model))
+    assert optimizer.skipped == 1
+
+
 def test_gradients_missing_in_one_pass():
     p, q = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     optimizer = GradientConstrainedSAM([p, q], torch.optim.SGD, lr=0.1, weight_decay=0.5)
@@ -266,6 +292,10 @@ def test_bad_input():
     p = nn.Parameter(torch.ones(3))
     with pytest.raises(pyface.UserError, match="rho"):
         SAM([p], torch.optim.SGD, rho=-1, lr=0.1)
+    with pytest.raises(pyface.UserError, match="must be a class"):
+        SAM([p], torch.optim.SGD([p], lr=0.1))
+    with pytest.raises(pyface.UserError, match="LBFGS"):
+        SAM([p], torch.optim.LBFGS, lr=0.1)
     with pytest.raises(pyface.UserError, match="lower"):
         GradientConstrainedSAM([p], torch.optim.SGD, lower=0.9, lr=0.1)
     optimizer = SAM([p], torch.optim.SGD, lr=0.1)
@@ -289,3 +319,65 @@ def test_statistics_are_frozen_in_the_context():
     assert same(before, list(model.buffers()))
     assert torch.equal(frozen, model(x))
     assert not same(before, list(model.buffers()))
+
+
+@pytest.mark.parametrize("kind", [nn.BatchNorm1d, nn.SyncBatchNorm, nn.InstanceNorm1d])
+@pytest.mark.parametrize("training", [True, False])
+def test_statistics_of_every_kind_are_frozen(kind, training):
+    module, x = kind(4, track_running_stats=True).train(training), torch.randn(5, 4, 6) + 3
+    before, plain = copy.deepcopy(module.state_dict()), copy.deepcopy(module)
+    if kind is nn.SyncBatchNorm:
+        pytest.importorskip("torch.distributed")
+        with frozen_statistics(module):  # its forward pass wants a GPU
+            assert module.track_running_stats is not training
+    else:
+        with frozen_statistics(module):
+            frozen = module(x)
+        assert torch.equal(frozen, plain(x))
+    assert all(torch.equal(v, before[k]) for k, v in module.state_dict().items())
+    assert module.track_running_stats
+    with pytest.raises(ZeroDivisionError), frozen_statistics(module):
+        1 / 0  # noqa: B018
+    assert module.track_running_stats
+    assert module.running_mean is not None
+
+
+def test_named_parameters_and_a_base_optimisers_state_dict():
+    model, base = small(), torch.optim.SGD(small().parameters(), lr=0.3, momentum=0.9)
+    optimizer = SAM(model.named_parameters(), torch.optim.SGD, rho=0.2, lr=0.1, momentum=0.9)
+    assert optimizer.param_groups[0]["param_names"] == [name for name, _ in model.named_parameters()]
+    optimizer.load_state_dict(base.state_dict())  # as if training had begun without SAM
+    assert (optimizer.param_groups[0]["rho"], optimizer.param_groups[0]["lr"]) == (0.2, 0.3)
+    before = weights(model)
+    train(model, optimizer, 1)
+    assert not same(before, weights(model))
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("named", [False, True])
+def test_a_parameter_that_is_listed_twice_counts_once(base, named):
+    ours, plain = small(), small()
+    params = list(ours.named_parameters() if named else ours.parameters())
+    with pytest.warns(UserWarning, match="duplicate parameters"):
+        optimizer = SAM([*params, params[0], *params[1:3]], base, rho=0.3, lr=0.1)
+    train(ours, optimizer, 3)
+    train(plain, SAM(plain.parameters(), base, rho=0.3, lr=0.1), 3)
+    assert same(weights(ours), weights(plain))
+    if named:
+        assert optimizer.param_groups[0]["param_names"] == [name for name, _ in params]
+
+
+def test_parameters_that_share_memory_are_refused():
+    buffer = torch.ones(10)
+    for a, b, apart in ((buffer[:5], buffer[5:], True), (buffer, buffer, False), (buffer[:6], buffer[5:], False)):
+        p, q = nn.Parameter(a), nn.Parameter(b)
+        optimizer = SAM([{"params": [p]}, {"params": [q]}], torch.optim.SGD, lr=0.0)
+        p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+        if apart:
+            optimizer.first_step()
+            p.grad, q.grad = torch.ones_like(p), torch.ones_like(q)
+            optimizer.second_step()
+        else:
+            with pytest.raises(ValueError, match=r"parameters\[0\] and parameters\[1\] share memory"):
+                optimizer.first_step()
+        assert torch.equal(buffer, torch.ones(10))

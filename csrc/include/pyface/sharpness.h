@@ -43,7 +43,7 @@ struct Sharpness {
   const SharpnessTensor* tensors;
   std::int64_t count;
   double* sums;      // [count + 1][3]: a, b, k of each tensor, then of all
-  float* nonfinite;  // [2]: 1 where an x, a y is not finite
+  float* nonfinite;  // [2]: 1 where an x, a y is not finite; in an adaptive norm also for a weight, as y's
   SharpnessRule rule;
   double p0, p1;
   bool per_tensor;    // the rule looks at one tensor, or at all

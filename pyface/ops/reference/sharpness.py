@@ -20,24 +20,59 @@ def _stretch(weight: Tensor, eta: float) -> Tensor:
     return _wide(weight).abs() + eta
 
 
-def sums(
+def _not_finite(tensors: Sequence[Tensor] | None) -> list[Tensor]:
+    return [(~t.isfinite()).any() for t in tensors or ()]
+
+
+def _rows(
     xs: Sequence[Tensor] | None, ys: Sequence[Tensor], weights: Sequence[Tensor] | None, eta: float
-) -> tuple[Tensor, Tensor]:
-    """Tensor[T + 1, 3] float64: sums of x², y², xy of each tensor and of all; Tensor[2] float32: x, y not finite."""
-    device = ys[0].device if ys else None
-    rows, bad = [], [torch.zeros(2, device=device)]
-    zero = torch.zeros((), dtype=torch.float64, device=device)
+) -> Tensor:
+    """Tensor[T + 1, 3] float64: sums of x², y², xy of each tensor and of all."""
+    rows = []
     for p, y in enumerate(ys):
         y64 = y.double()
         x64 = None if xs is None else xs[p].double()
-        not_finite = [zero if t is None else (~t.isfinite()).any().double() for t in (x64, y64)]
-        bad.append(torch.stack(not_finite).float())
         if weights is not None:
             y64 = y64 * (weights[p].double().abs() + eta)
         b = (y64 * y64).sum()
+        zero = torch.zeros_like(b)
         rows.append(torch.stack([zero, b, zero] if x64 is None else [(x64 * x64).sum(), b, (x64 * y64).sum()]))
-    table = torch.stack(rows) if rows else zero.new_zeros(0, 3)
-    return torch.cat([table, table.sum(0, keepdim=True)]), torch.stack(bad).amax(0)
+    table = torch.stack(rows)
+    return torch.cat([table, table.sum(0, keepdim=True)])
+
+
+def sums(
+    xs: Sequence[Tensor] | None, ys: Sequence[Tensor], weights: Sequence[Tensor] | None, eta: float
+) -> tuple[Tensor, Tensor]:
+    """Tensor[T + 1, 3] float64: sums of x², y², xy of each tensor and of all; Tensor[2] float32: x, y not finite.
+
+    With weights, y times |w| + eta is what must be finite.
+    """
+    flags = [torch.stack(_not_finite(t)).any() if t else None for t in (xs, [*ys, *(weights or ())])]
+    flags[0] = torch.zeros_like(flags[1]) if flags[0] is None else flags[0]
+    return _rows(xs, ys, weights, eta), torch.stack(flags).float()
+
+
+def moved(
+    weights: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    b: Tensor,
+    moves: Tensor,
+    rho: Sequence[float | Tensor],
+    eps: float,
+    shrink: float | Tensor,
+    eta: float | None,
+) -> list[Tensor]:
+    """w + (rho / (sqrt(b) + eps) - shrink) y where `moves`, else w; with eta, y times (|w| + eta)²."""
+    over_norm = 1 / (torch.where(moves, b, 1.0).sqrt() + eps)
+    result = []
+    for w, y, r in zip(weights, ys, rho, strict=True):
+        wide = _wide(w)
+        e = _wide(y) * (r * over_norm - shrink).to(wide.dtype)
+        if eta is not None:
+            e = e * _stretch(w, eta).square()
+        result.append(torch.where(moves, (wide + e).to(w.dtype), w))
+    return result
 
 
 def perturb_(
@@ -51,22 +86,17 @@ def perturb_(
     shrink: float,
     eta: float | None,
 ) -> None:
-    """w += (rho / (sqrt(b) + eps) - shrink) y, where b > 0 and y is finite; with eta, y times (|w| + eta)²."""
+    """Saves the weights and moves them, where b > 0 and all is finite."""
     b = sums[-1, 1]
-    moves = (nonfinite[1] == 0) & (b > 0)
-    over_norm = 1 / (b.sqrt() + eps)
-    for w, kept, y, r in zip(weights, saved, ys, rho, strict=True):
+    found = moved(weights, ys, b, (nonfinite[1] == 0) & (b > 0), rho, eps, shrink, eta)
+    for w, kept, new, r in zip(weights, saved, found, rho, strict=True):
         kept.copy_(w)
-        wide = _wide(w)
-        e = _wide(y) * (r * over_norm - shrink).to(wide.dtype)
-        if eta is not None:
-            e = e * _stretch(w, eta).square()
         if r or shrink:
-            w.copy_(torch.where(moves, (wide + e).to(w.dtype), w))
+            w.copy_(new)
 
 
 def coefficients(sums: Tensor, rule: str, p0: float, p1: float, per_tensor: bool) -> tuple[Tensor, Tensor]:
-    """u and v of G = u x + v y, Tensor[T] float64 each."""
+    """u and v of G = u x + v y, Tensor[T] float64 each. No case divides by 0, taken or not: autograd sees them all."""
     rows = sums[:-1] if per_tensor else sums[-1:].expand(len(sums) - 1, 3)
     a, b, k = rows.unbind(1)
     one, zero = torch.ones_like(a), torch.zeros_like(a)
@@ -74,6 +104,8 @@ def coefficients(sums: Tensor, rule: str, p0: float, p1: float, per_tensor: bool
         return one, zero
     if rule == "mix":
         return one * p0, one * (1 - p0)
+    undefined = (a == 0) | (b == 0)
+    a, b = torch.where(undefined, one, a), torch.where(undefined, one, b)
     if rule == "gsam":
         u, v = 1 + p0 * k / a, -p0 * one
     elif rule == "gsam_first":
@@ -82,11 +114,10 @@ def coefficients(sums: Tensor, rule: str, p0: float, p1: float, per_tensor: bool
         u, v = one, torch.where(k < 0, -k / b, zero)
     else:
         c, z = k / (a.sqrt() * b.sqrt()), a + 2 * k + b
-        s = (a + k) / z
         opposed = (c <= p0) | (z <= 1e-14 * (a + b))
+        s = (a + k) / torch.where(opposed, one, z)
         u = torch.where(c >= p1, one, torch.where(opposed, zero, s))
         v = torch.where(c >= p1, zero, torch.where(opposed, one, s))
-    undefined = (a == 0) | (b == 0)
     return torch.where(undefined, one, u), torch.where(undefined, zero, v)
 
 
@@ -125,3 +156,42 @@ def step_(
             m.copy_(torch.where(skip, m, new.to(m.dtype)))
             g = g + new * momentum if nesterov else new
         w.copy_(torch.where(skip, kept, (old - g * lr).to(w.dtype)))
+
+
+# ---- out of place, for autograd -------------------------------------------------------------------------------------
+#
+# What is not finite is replaced before anything is computed of it, not only left out of the result: the zero that
+# flows back to it would become NaN.
+
+
+def perturbed(
+    weights: Sequence[Tensor],
+    ys: Sequence[Tensor],
+    rho: Sequence[float | Tensor],
+    eps: float,
+    shrink: float | Tensor,
+    eta: float | None,
+) -> list[Tensor]:
+    """The weights as :func:`perturb_` leaves them."""
+    adaptive = eta is not None
+    finite = ~torch.stack(_not_finite([*ys, *(weights if adaptive else ())])).any()
+    ys = [torch.where(finite, y, 0.0) for y in ys]
+    clean = [torch.where(finite, w, 0.0) for w in weights] if adaptive else weights
+    b = _rows(None, ys, clean if adaptive else None, eta or 0.0)[-1, 1]
+    found = moved(clean, ys, b, finite & (b > 0), rho, eps, shrink, eta)
+    return [torch.where(finite, new, w) for w, new in zip(weights, found, strict=True)] if adaptive else found
+
+
+def combination(
+    xs: Sequence[Tensor], ys: Sequence[Tensor], rule: str, p0: float | Tensor, p1: float, per_tensor: bool
+) -> list[Tensor]:
+    """G of a rule by its own sums, in the types of xs; x where anything is not finite."""
+    finite = ~torch.stack(_not_finite([*xs, *ys])).any()
+    clean_xs, clean_ys = ([torch.where(finite, t, 0.0) for t in tensors] for tensors in (xs, ys))
+    u, v = coefficients(_rows(clean_xs, clean_ys, None, 0.0), rule, p0, p1, per_tensor)
+    result = []
+    for p, (x, clean_x, clean_y) in enumerate(zip(xs, clean_xs, clean_ys, strict=True)):
+        clean_x, clean_y = _wide(clean_x), _wide(clean_y)
+        g = clean_x * u[p].to(clean_x.dtype) + clean_y * v[p].to(clean_x.dtype)
+        result.append(torch.where(finite, g.to(x.dtype), x))
+    return result
