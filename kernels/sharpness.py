@@ -265,6 +265,8 @@ def _pair(table, sums, p, RULE: tl.constexpr):
         return one, zero
     if RULE == 1:
         return p0, 1 - p0
+    if RULE == 6:
+        return a, b
     undefined = (a == 0) | (b == 0)
     a = tl.where(undefined, 1.0, a)
     b = tl.where(undefined, 1.0, b)

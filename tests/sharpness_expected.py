@@ -159,6 +159,22 @@ def check_rule(core, types, rule, parameters, per_tensor, sizes=SIZES, device="c
     close(x, expected)
 
 
+def check_given(core, sizes=SIZES, device="cpu"):
+    """u and v in the place of sums."""
+    _, x, y = to(device, *make(sizes))
+    w, rows = [t.sin() for t in x], torch.zeros(len(sizes) + 1, 3, dtype=F64, device=device)
+    rows[:-1, 0] = torch.linspace(-1, 0.5, len(sizes))
+    rows[:-1, 1] = torch.linspace(0, 2, len(sizes))
+    rows[1], rows[2] = torch.tensor([0.0, 1, 0]), torch.tensor([1.0, 0, 0])
+    expected = reference.combined(wide(x), wide(y), rows[:-1, 0].cpu(), rows[:-1, 1].cpu())
+    stepped = [a - 0.1 * b for a, b in zip(wide(w), expected, strict=True)]
+    arguments, finite = ("given", 0.0, 0.0, True), torch.zeros(2, device=device)
+    core.step_(w, [t.clone() for t in w], x, y, [], rows, finite, *arguments, *_SGD.values())
+    close(w, stepped)
+    core.combine_(x, y, rows, finite, *arguments)
+    close(x, expected)
+
+
 def check_step(core, types, rule, parameters, step, sizes=SIZES, device="cpu"):
     sgd = _SGD | STEPS[step]
     w, x, y = to(device, *make(sizes, types))
@@ -324,6 +340,9 @@ class Passes:
     @pytest.mark.parametrize(("rule", "parameters"), RULES)
     def test_rules(self, core, rule, parameters, per_tensor):
         check_rule(core, (F32, F32), rule, parameters, per_tensor, self.few, self.device)
+
+    def test_given_factors(self, core):
+        check_given(core, self.few, self.device)
 
     @pytest.mark.parametrize("types", GPU_TYPES, ids=str)
     def test_types_of_rules_and_steps(self, core, types):

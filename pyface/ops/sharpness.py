@@ -34,7 +34,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "constrained": ("lower", "upper"),
     "surgery": (),
 }
-_RULE_CODES = {name: code for code, name in enumerate(RULES)}
+# The last is for the ops themselves: u and v stand in the place of a tensor's sums.
+_RULE_CODES = {name: code for code, name in enumerate((*RULES, "given"))}
 _RULE_NAMES = {name: frozenset(parameters) for name, parameters in RULES.items()}
 
 
@@ -581,13 +582,54 @@ def _sums_or_none(sums: Sums | None) -> tuple[Tensor | None, Tensor | None]:
     return (None, None) if sums is None else (sums.values, sums.nonfinite)
 
 
-def multi_norm(ys: Sequence[Tensor], *, weights: Sequence[Tensor] | None = None, eta: float = 0.0) -> Sums:
+# ---- gradients of a scaled loss -------------------------------------------------------------------------------------
+
+Scale = float | Tensor  # a Tensor[] is used where it is, without waiting for its device
+
+
+def _is_scale(scale: Scale | tuple[Scale, Scale]) -> bool:
+    return isinstance(scale, Tensor | tuple) or scale != 1
+
+
+def _inverses(scale: Scale | tuple[Scale, Scale], device: torch.device) -> tuple[Tensor, Tensor]:
+    """1 / S of x and of y, float64."""
+    x, y = (
+        s.to(device, torch.float64) if isinstance(s, Tensor) else torch.full((), s, dtype=torch.float64, device=device)
+        for s in (scale if isinstance(scale, tuple) else (scale, scale))
+    )
+    return 1 / x, 1 / y
+
+
+def _unscaled(sums: Sums, scale) -> Sums:
+    if not _is_scale(scale):
+        return sums
+    x, y = _inverses(scale, sums.values.device)
+    return Sums(sums.values * torch.stack([x * x, y * y, x * y]), sums.nonfinite)
+
+
+def _with_scale(sums: Sums, scale, rule: str, p0: float, p1: float, per_tensor: bool):
+    """What makes a pass compute (u / S) x + (v / S) y: sums, rule, its parameters, granularity."""
+    x, y = _inverses(scale, sums.values.device)
+    u, v = reference.coefficients(sums.values, rule, p0, p1, per_tensor)
+    rows = torch.zeros_like(sums.values)
+    rows[:-1, 0], rows[:-1, 1] = u * x, v * y
+    return Sums(rows, sums.nonfinite), "given", 0.0, 0.0, True
+
+
+# ---- the functions --------------------------------------------------------------------------------------------------
+
+
+def multi_norm(
+    ys: Sequence[Tensor], *, weights: Sequence[Tensor] | None = None, eta: float = 0.0, grad_scale: Scale = 1.0
+) -> Sums:
     """Sums of squares of each tensor and of all, in float64, without waiting for the device.
 
     Args:
         ys: T tensors of any shapes and floating types, on one device.
         weights: T tensors shaped like ys: y is then multiplied by |w| + eta (ASAM, arXiv:2102.11600).
         eta: see weights.
+        grad_scale: how many times too large the ys are (those of a loss that a GradScaler has scaled): a number or a
+            Tensor[]. The sums are those of ys / grad_scale.
 
     Returns:
         :class:`Sums`, whose columns for x and xy are 0.
@@ -596,12 +638,15 @@ def multi_norm(ys: Sequence[Tensor], *, weights: Sequence[Tensor] | None = None,
         TypeError: sparse, complex or integer tensors.
         ValueError: several devices, lists or shapes that do not fit.
     """
-    return Sums(*_norm_op(_listed(ys), _listed(weights or []), float(eta), chosen_path()))
+    return _unscaled(Sums(*_norm_op(_listed(ys), _listed(weights or []), float(eta), chosen_path())), grad_scale)
 
 
-def multi_dots(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Sums:
-    """Sums of x², y² and xy of each tensor and of all in one pass, in float64; see :func:`multi_norm`."""
-    return Sums(*_dots_op(_listed(xs), _listed(ys), chosen_path()))
+def multi_dots(xs: Sequence[Tensor], ys: Sequence[Tensor], *, grad_scale: Scale | tuple[Scale, Scale] = 1.0) -> Sums:
+    """Sums of x², y² and xy of each tensor and of all in one pass, in float64; see :func:`multi_norm`.
+
+    grad_scale may be a pair, of the xs and of the ys.
+    """
+    return _unscaled(Sums(*_dots_op(_listed(xs), _listed(ys), chosen_path())), grad_scale)
 
 
 def perturb_(
@@ -614,6 +659,7 @@ def perturb_(
     eps: float = 1e-12,
     shrink: float = 0.0,
     eta: float | None = None,
+    grad_scale: Scale = 1.0,
 ) -> Sums:
     """Saves the weights, then moves them uphill: w += (rho / (sqrt(b) + eps) - shrink) y, b = sum of y² over all.
 
@@ -629,12 +675,29 @@ def perturb_(
         eps: added to the norm.
         shrink: taken off the factor of y (SAGM).
         eta: not None: the ascent of ASAM, y times (|w| + eta)²; `sums` must then be taken with the weights.
+        grad_scale: how many times too large the ys are; `sums` must then be taken with it. With a Tensor[] and a
+            `shrink` this waits for the device.
 
     Returns:
         The sums.
     """
     rho = float(rho) if isinstance(rho, int | float) else list(map(float, rho))
     rhos = _rhos("perturb_", rho, weights)
+    if _is_scale(grad_scale):
+        if sums is None:
+            sums = multi_norm(ys, weights=None if eta is None else weights, eta=eta or 0.0, grad_scale=grad_scale)
+        own = sums
+        if isinstance(grad_scale, Tensor) and not shrink:
+            # The norm that makes rho / (norm + eps) smaller by S.
+            values, (_, over) = sums.values.clone(), _inverses(grad_scale, sums.values.device)
+            b = values[-1, 1]
+            values[-1, 1] = torch.where(b > 0, ((b.sqrt() + eps) / over - eps).square(), b)
+            own = Sums(values, sums.nonfinite)
+        else:
+            scale = float(grad_scale)
+            rhos, shrink = [r / scale for r in rhos], shrink / scale
+        perturb_(weights, ys, saved, own, rhos, eps=eps, shrink=shrink, eta=eta)
+        return sums
     found = _perturb_op(
         _listed(weights), _listed(saved), _listed(ys), *_sums_or_none(sums), rhos, float(eps), float(shrink), eta,
         chosen_path(),
@@ -654,6 +717,7 @@ def multi_combine_(
     rule: str,
     *,
     granularity: str | None = None,
+    grad_scale: Scale | tuple[Scale, Scale] = 1.0,
     **parameters: float,
 ) -> Sums:
     """G = u x + v y, written into xs; u and v follow on the device from a = <x, x>, b = <y, y>, k = <x, y>.
@@ -678,6 +742,8 @@ def multi_combine_(
         sums: of :func:`multi_dots` over them; None: taken here.
         granularity: "tensor": every tensor by its own sums; "global": all by the sums of all; None: "tensor" for
             ``constrained``, else "global", as the papers have it.
+        grad_scale: how many times too large xs and ys are, one or a pair; `sums` must then be taken with it. G is what
+            it would be without: dividing by it costs no pass.
         parameters: of the rule, by the names of the table.
 
     Returns:
@@ -685,6 +751,12 @@ def multi_combine_(
     """
     p0, p1 = map(float, _check_rule("multi_combine_", rule, parameters))
     per_tensor = _granularity("multi_combine_", rule, granularity)
+    if _is_scale(grad_scale):
+        sums = multi_dots(xs, ys, grad_scale=grad_scale) if sums is None else sums
+        _check_sums("multi_combine_", len(ys), *sums)
+        own, *arguments = _with_scale(sums, grad_scale, rule, p0, p1, per_tensor)
+        _combine_op(_listed(xs), _listed(ys), *own, *arguments, chosen_path())
+        return sums
     found = _combine_op(_listed(xs), _listed(ys), *_sums_or_none(sums), rule, p0, p1, per_tensor, chosen_path())
     return Sums(*found) if sums is None else sums
 
@@ -706,6 +778,7 @@ def multi_step_(
     maximize: bool = False,
     first: bool = False,
     granularity: str | None = None,
+    grad_scale: Scale | tuple[Scale, Scale] = 1.0,
     nonfinite: Tensor | None = None,
     **parameters: float,
 ) -> Sums:
@@ -716,8 +789,8 @@ def multi_step_(
         momenta: T buffers typed like the weights, written in place; None or empty with momentum 0.
         first: the buffers hold nothing yet: they become the gradient, as in torch.optim.SGD.
         lr, momentum, dampening, weight_decay, nesterov, maximize: as in torch.optim.SGD.
-        sums, rule, granularity, parameters: as in :func:`multi_combine_`. Where a gradient is not finite the
-            weights are restored and nothing else happens.
+        sums, rule, granularity, grad_scale, parameters: as in :func:`multi_combine_`. Where a gradient is not finite
+            the weights are restored and nothing else happens.
         nonfinite: only where the sums are taken here: flags of an earlier pass, Tensor[2] float32, which forbid the
             step as well; what this pass finds is added to them.
 
@@ -734,6 +807,13 @@ def multi_step_(
         _check_flags("multi_step_", sums, nonfinite, xs)
     per_tensor = _granularity("multi_step_", rule, granularity)
     values, flags = (None, nonfinite) if sums is None else sums
+    if _is_scale(grad_scale):
+        if sums is None:
+            sums = multi_dots(xs, ys, grad_scale=grad_scale)
+            if nonfinite is not None:
+                sums = Sums(sums.values, nonfinite.copy_(torch.maximum(nonfinite, sums.nonfinite)))
+        _check_sums("multi_step_", len(ys), *sums)
+        (values, flags), rule, p0, p1, per_tensor = _with_scale(sums, grad_scale, rule, p0, p1, per_tensor)
     found = _step_op(
         _listed(weights), _listed(saved), _listed(xs), _listed(ys), _listed(momenta or []), values, flags, rule, p0, p1,
         per_tensor, float(lr), float(momentum), float(dampening), float(weight_decay), nesterov, maximize, first,

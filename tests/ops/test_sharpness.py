@@ -121,6 +121,71 @@ def test_nonfinite_gradients_change_nothing(path, dtype, value, position):
         bad[-1][position] = kept
 
 
+# ---- gradients of a scaled loss -------------------------------------------------------------------------------------
+
+
+@pytest.fixture(params=["numbers", "tensors"])
+def scales(request):
+    """Of x and of y."""
+    return (48.0, 1024.0) if request.param == "numbers" else (torch.tensor(48.0), torch.tensor(1024.0))
+
+
+def same(found, expected, tolerance=2e-6):
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(("rule", "parameters"), RULES)
+@pytest.mark.parametrize("granularity", ["tensor", "global"])
+@pytest.mark.parametrize("taken", [True, False], ids=["sums taken", "sums given"])
+def test_unscaling_in_a_rule_equals_unscaling_before(path, scales, rule, parameters, granularity, taken):
+    w, xs, ys = make()
+    big_xs, big_ys = [x * float(scales[0]) for x in xs], [y * float(scales[1]) for y in ys]
+    sums, small = multi_dots(big_xs, big_ys, grad_scale=scales), multi_dots(xs, ys)
+    same(sums.values, small.values, 1e-6 * float(small.values.abs().max()))
+    own = {"rule": rule, "granularity": granularity, **parameters}
+    steps = []
+    for x, y, scale in ((xs, ys, 1.0), (big_xs, big_ys, scales)):
+        moved, m = [t.clone() for t in w], [t.cos() for t in w]
+        multi_step_(
+            moved, w, x, y, m, None if taken else multi_dots(x, y, grad_scale=scale), grad_scale=scale, lr=0.1,
+            momentum=0.9, weight_decay=0.01, **own,
+        )  # fmt: skip
+        multi_combine_(x, y, None if taken else multi_dots(x, y, grad_scale=scale), grad_scale=scale, **own)
+        steps.append([*moved, *m, *x])
+    same(*steps, 1e-5)
+
+
+@pytest.mark.parametrize("eta", [None, 0.01])
+@pytest.mark.parametrize("eps", [1e-12, 3.0])
+@pytest.mark.parametrize("shrink", [0.0, 0.01])
+def test_unscaling_in_the_ascent_equals_unscaling_before(path, scales, eta, eps, shrink):
+    w, _, ys = make()
+    big, how = [y * float(scales[1]) for y in ys], {"eta": eta, "eps": eps, "shrink": shrink}
+    sums = multi_norm(big, weights=None if eta is None else w, eta=eta or 0.0, grad_scale=scales[1])
+    moved = [[t.clone() for t in w] for _ in range(3)]
+    saved = [torch.empty_like(t) for t in w]
+    found = perturb_(moved[0], ys, saved, None, 0.3, **how)
+    for m, ready in ((moved[1], None), (moved[2], sums)):
+        again = perturb_(m, big, saved, ready, 0.3, grad_scale=scales[1], **how)
+        torch.testing.assert_close(again.values, found.values, rtol=1e-6, atol=0)
+        same(m, moved[0])
+        assert all(map(torch.equal, saved, w))
+    zeros = [torch.zeros_like(y) for y in ys]
+    again = [t.clone() for t in w]
+    perturb_(again, zeros, saved, None, 0.3, grad_scale=scales[1], **how)
+    assert all(map(torch.equal, again, w))
+
+
+def test_overflow_of_a_scaled_gradient_stops_the_step(path):
+    w, xs, ys = make([5, 40])
+    xs[1][7] = math.inf
+    moved, flags = [torch.full_like(t, 7) for t in w], torch.tensor([0.0, 0.0])
+    sums = multi_step_(moved, w, xs, ys, None, None, "gsam", alpha=0.4, lr=0.1, grad_scale=2.0, nonfinite=flags)
+    assert all(map(torch.equal, moved, w))
+    assert flags.tolist() == sums.nonfinite.tolist() == [1, 0]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
 def test_weights_that_are_not_finite_stop_the_adaptive_ascent(path, dtype):
     check_nonfinite_weights(CORE.pick("cpu", (dtype, dtype), path), dtype)

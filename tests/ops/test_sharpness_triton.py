@@ -94,5 +94,5 @@ def test_kernels_of_last_sums_and_all_rules_compile_for_sm90(kernels):
 
     for kernel in (kernels._tensor_kernel, kernels._total_kernel):
         compiled(kernels, kernel, BLOCK=128)
-    for rule in range(6):
+    for rule in range(7):
         compiled(kernels, kernels._combine_kernel, G=tl.float32, RULE=rule, PER_TENSOR=False, ALIGNED=True)

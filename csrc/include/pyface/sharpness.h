@@ -37,6 +37,7 @@ enum class SharpnessRule : int {
   gsam_first = 3,   // y + p0 (x - (k / b) y)
   constrained = 4,  // by c = k / sqrt(a b): x where c >= p1, y where c <= p0, else the projection of x on x + y
   surgery = 5,      // x - (k / b) y where k < 0, else x
+  given = 6,        // the first two "sums" are u and v
 };
 
 struct Sharpness {
@@ -64,6 +65,7 @@ struct SharpnessPair {
 PYFACE_ANYWHERE static inline SharpnessPair sharpness_pair(const Sharpness& s, std::int64_t p) {
   const double* sums = s.sums + 3 * (s.per_tensor ? p : s.count);
   const double a = sums[0], b = sums[1], k = sums[2];
+  if (s.rule == SharpnessRule::given) return {a, b};
   if (s.rule == SharpnessRule::mix) return {s.p0, 1 - s.p0};
   if (s.rule == SharpnessRule::second || a == 0 || b == 0) return {1, 0};
   if (s.rule == SharpnessRule::gsam) return {1 + s.p0 * k / a, -s.p0};

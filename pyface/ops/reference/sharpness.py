@@ -99,6 +99,8 @@ def coefficients(sums: Tensor, rule: str, p0: float, p1: float, per_tensor: bool
     """u and v of G = u x + v y, Tensor[T] float64 each. No case divides by 0, taken or not: autograd sees them all."""
     rows = sums[:-1] if per_tensor else sums[-1:].expand(len(sums) - 1, 3)
     a, b, k = rows.unbind(1)
+    if rule == "given":
+        return a, b
     one, zero = torch.ones_like(a), torch.zeros_like(a)
     if rule == "second":
         return one, zero
