@@ -31,7 +31,7 @@ X86_ISAS = {
     "avx512_bf16": [*AVX512, "-mavx512bf16"],
     "amx": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
-AMX_CORES = {"deform_conv"}  # the others have nothing of their own for it
+AMX_CORES = {"attention", "deform_conv"}  # the others have nothing of their own for it
 WARNINGS = ["-Wall", "-Wextra", "-Wno-psabi", "-Wno-ignored-attributes", "-Wno-unknown-warning-option"]
 WARNINGS += ["-Wno-maybe-uninitialized"]  # GCC 12 finds hundreds, all in its own AVX-512 headers
 

@@ -315,7 +315,9 @@ PyObject* sharpness_run(PyObject*, PyObject* const* given, Py_ssize_t) try {
   return PyErr_SetString(PyExc_ValueError, error.what()), nullptr;
 }
 
-PyMethodDef sharpness_run_method = {"sharpness_run", reinterpret_cast<PyCFunction>(sharpness_run), METH_FASTCALL, nullptr};
+// By way of the type that may be cast to any other: Python knows by the flag what it really calls.
+PyMethodDef sharpness_run_method = {
+    "sharpness_run", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(sharpness_run)), METH_FASTCALL, nullptr};
 
 // (address, batch stride, head stride, row stride)
 typedef std::tuple<Address, std::int64_t, std::int64_t, std::int64_t> RowsTuple;

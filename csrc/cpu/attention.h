@@ -17,6 +17,7 @@ namespace pyface::cpu {
                      DType out_type, int threads);                                                         \
   }
 PYFACE_FOR_EACH_ISA(PYFACE_DECLARE)
+PYFACE_FOR_AMX(PYFACE_DECLARE)
 #undef PYFACE_DECLARE
 
 }  // namespace pyface::cpu

@@ -99,6 +99,18 @@ PYFACE_INLINE void transpose(V v[Lanes<V>::count]) {
   }
 }
 
+// The sum of each of as many vectors as they have lanes, the i-th in lane i.
+template <class V>
+PYFACE_INLINE V reduce(V v[Lanes<V>::count]) {
+  for (int n = Lanes<V>::count / 2; n > 0; n /= 2)
+    for (int i = 0; i < n; ++i) {
+      V low, high;
+      interleave(v[i], v[i + n], low, high);
+      v[i] = low + high;
+    }
+  return v[0];
+}
+
 // The first `count` elements from p on, `stride` apart; zero beyond.
 template <class X>
 PYFACE_INLINE typename Storage<X>::vector load_some(const X* p, std::int64_t stride, std::int64_t count) {

@@ -17,6 +17,7 @@
 
 #include "cpu/blocks.h"
 #include "cpu/parallel.h"
+#include "cpu/tiles.h"
 
 namespace pyface::cpu::PYFACE_ISA {
 namespace {
@@ -114,13 +115,6 @@ PYFACE_INLINE void tile_of(std::int64_t rows, Args... args) {
 }
 
 #if defined(__AMX_BF16__)
-// What LDTILECFG reads: the rows of the tiles and the bytes in them.
-struct alignas(64) TileShapes {
-  std::uint8_t palette, start, unused[14];
-  std::uint16_t bytes[16];
-  std::uint8_t rows[16];
-};
-
 // The product of two times 16 rows, or of 16, with a panel of 32 columns, `turns` times 16 steps.
 template <bool Two>
 PYFACE_INLINE void tiles_of_amx(const bf16* a, std::int64_t row, const bf16* b, std::int64_t turns, std::int64_t pitch,
@@ -161,13 +155,7 @@ __attribute__((noinline)) inline void multiply_amx(std::int64_t rows, std::int64
                                                    const bf16* b, std::int64_t b_panel, std::int64_t turns,
                                                    std::int64_t pitch, float* c, std::int64_t c_panel, bool add) {
   static_assert(kBlock == 16 && kPixels % 16 == 0 && kWide<bf16> == 32);
-  TileShapes shapes{};
-  shapes.palette = 1;
-  for (int i = 0; i < 8; ++i) {
-    shapes.rows[i] = i < 6 ? 16 : kBlock / 2;                       // sums 0-3, left factors 4-5, right factors 6-7
-    shapes.bytes[i] = i == 4 || i == 5 ? kBlock * sizeof(bf16) : 64;
-  }
-  _tile_loadconfig(&shapes);
+  shape_tiles(kBlock);
   for (std::int64_t v = 0; v < vectors; v += kVectors, b += b_panel, c += c_panel)
     for (std::int64_t r = 0; r < rows; r += 32) {
       if (rows - r > 16)
@@ -207,18 +195,6 @@ void multiply(std::int64_t rows, std::int64_t vectors, const T* a, const T* b, s
       else
         tile_of<T, Row, Step, 1, kRows<T>>(here, a + r * row, b, &walk, c + r * kWide<T>, add);
     }
-}
-
-// The sum of each of as many vectors as they have lanes, the i-th in lane i.
-template <class V>
-PYFACE_INLINE V reduce(V v[Lanes<V>::count]) {
-  for (int n = Lanes<V>::count / 2; n > 0; n /= 2)
-    for (int i = 0; i < n; ++i) {
-      V low, high;
-      interleave(v[i], v[i + n], low, high);
-      v[i] = low + high;
-    }
-  return v[0];
 }
 
 // ---- images ---------------------------------------------------------------------------------------------------------

@@ -323,10 +323,11 @@ def test_a_bias_of_minus_infinity_switches_rows_off(path):
     assert all(g.isfinite().all() for g in grads)
 
 
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
 @pytest.mark.parametrize("where", [0, 1, 2, 3, 4], ids=NAMES[2:])
-def test_a_nan_reaches_those_who_see_it_and_no_other(isa, where):
+def test_a_nan_reaches_those_who_see_it_and_no_other(isa, where, dtype):
     for path in PATHS:
-        tensors = sample((1, 1, 40, 40, 8, 8, 2, True), F32)
+        tensors = sample((1, 1, 40, 40, 40, 8, 2, True), dtype)
         clean, clean_lse = ours(tensors, True, path)
         tensors[where].select(-2, min(20, tensors[where].shape[-2] - 1))[..., 3] = torch.nan
         out, lse = ours(tensors, True, path)
@@ -340,6 +341,37 @@ def test_a_nan_reaches_those_who_see_it_and_no_other(isa, where):
         if where in (0, 1, 3):
             assert torch.equal(lse[0, 0].isnan(), spoiled)
         assert torch.equal(lse[..., ~spoiled], clean_lse[..., ~spoiled])
+
+
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize("what", [math.nan, INF], ids=str)
+def test_gradients_of_what_a_nan_does_not_reach(isa, dtype, what):
+    """What is spoiled from row j on, queries before j and the keys behind them know nothing of."""
+    shape, j = (1, 2, 150, 150, 40, 33, 3, True), 140
+    tensors = sample(shape, dtype)
+    grad = torch.randn(1, 2, 150, 33, dtype=F64)
+    grad[:, :, j:] = 0
+    grad_lse = torch.zeros(1, 2, 150, dtype=F64)
+    clean = grads_of(ours, tensors, grad, grad_lse, causal=True, path="cpu")
+    spoiled = [t.clone() for t in tensors]
+    for t in spoiled[:3]:
+        t[:, :, j:, 2] = what
+    found = grads_of(ours, spoiled, grad, grad_lse, causal=True, path="cpu")
+    assert torch.equal(found[2][:, :, :j], clean[2][:, :, :j])
+    # A spoiled query reaches every key that it sees, by way of its own weights.
+    assert not found[3].isfinite().all(-1).any()
+    assert not found[5].isfinite().all()
+    # The gradient of a result that nobody uses is 0: it does not reach further than the query itself.
+    grad[:, :, j:] = torch.randn(1, 2, 150 - j, 33, dtype=F64)
+    clean = grads_of(ours, tensors, grad, grad_lse, causal=True, path="cpu")
+    grad[:, :, 100] = what
+    found = grads_of(ours, tensors, grad, grad_lse, causal=True, path="cpu")
+    untouched = torch.ones(150, dtype=torch.bool)
+    untouched[100] = False
+    assert torch.equal(found[2][:, :, untouched], clean[2][:, :, untouched])
+    for after, before in zip(found[3:5], clean[3:5]):
+        assert not after[:, :, :101].isfinite().all(-1).any()
+        assert torch.equal(after[:, :, 101:], before[:, :, 101:])
 
 
 def test_infinite_scores():
@@ -878,5 +910,11 @@ def test_other_mistakes_are_named():
 # ---- the core by itself ---------------------------------------------------------------------------------------------
 
 
-def test_core_under_sanitizers(sanitized):
-    sanitized("attention")
+@pytest.mark.parametrize("tiles", [False, True])
+def test_core_under_sanitizers(sanitized, tiles):
+    if tiles and "amx" not in CPU.isas():
+        pytest.skip("no AMX tiles, or the system refuses them")
+    if tiles:
+        sanitized("attention", isa="amx")
+    else:
+        sanitized("attention", "-U__AMX_BF16__")
