@@ -8,6 +8,7 @@ import zlib
 import pytest
 import torch
 
+pytest_plugins = ["packages"]
 
 @pytest.fixture(autouse=True)
 def _seed(request):

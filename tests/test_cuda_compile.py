@@ -1,11 +1,11 @@
-"""csrc/cuda under the real compiler: PTX for sm_90, and a module that links and imports where there is no GPU."""
+"""csrc/cuda under the real compiler: PTX for sm_90, and a module that imports where there is no GPU."""
 
 import os
 import re
 import shutil
 import subprocess
 import sys
-import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -113,22 +113,13 @@ def test_attention_is_multiplied_by_tensor_cores_where_its_types_allow(tmp_path)
 
 
 @pytest.mark.slow
-def test_module_links_and_imports_without_a_gpu(tmp_path):
-    pybind11 = pytest.importorskip("pybind11")
-    cores = ("attention", "coupling", "deform_conv", "sharpness", "spectral")
-    objects = [tmp_path / f"{name}.o" for name in (*cores, "bindings")]
-    flags = [*FLAGS, "-Xcompiler=-fPIC,-fvisibility=hidden", '-DPYFACE_CUDA_ARCHS="80;90"']
-    archs = ["-gencode=arch=compute_80,code=sm_80", "-gencode=arch=compute_90,code=[sm_90,compute_90]", "--threads=2"]
-    for target in objects[:-1]:
-        nvcc(*flags, *archs, "-c", CSRC / "cuda" / f"{target.stem}.cu", "-o", target)
-    includes = [f"-I{pybind11.get_include()}", f"-I{sysconfig.get_paths()['include']}"]
-    nvcc(*flags, *includes, "-c", CSRC / "bindings" / "cuda.cpp", "-o", objects[-1])
-    module = tmp_path / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
-    nvcc("-shared", "-cudart=static", *objects, "-o", module)
+def test_module_imports_without_a_gpu(wheel, tmp_path):
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(tmp_path)
     code = """
-import _cuda
+from pyface import _cuda
 info = _cuda.build_info()
-assert info["archs"] == "80;90" and info["nvcc"] and info["runtime"], info
+assert info["archs"] == "90" and info["nvcc"] and info["runtime"], info
 assert _cuda.coupling_scratch(3, 1000) == 3 * 4 and _cuda.coupling_scratch(5, 0) == 0
 try:
     devices = _cuda.device_count()
@@ -212,7 +203,7 @@ if devices == 0:
         else:
             raise AssertionError("a launch without a GPU went through")
 """
-    path = os.pathsep.join([str(CSRC.parent), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": path}
     command = [sys.executable, "-c", code]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)

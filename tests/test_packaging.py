@@ -4,63 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from pathlib import Path
 
 import pytest
+from packages import ROOT, run
 
-ROOT = Path(__file__).resolve().parent.parent
 HAS_NVCC = shutil.which("nvcc") is not None
-
-
-def run(*command, **options):
-    done = subprocess.run(command, capture_output=True, text=True, **options)
-    assert done.returncode == 0, f"{' '.join(map(str, command))}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def without_torch(tmp_path_factory):
-    """An environment in which importing torch fails, as it does in an isolated build."""
-    folder = tmp_path_factory.mktemp("no_torch")
-    (folder / "torch.py").write_text("raise ImportError('the build must not need torch')\n")
-    return os.environ | {"PYTHONPATH": str(folder)}
-
-
-@pytest.fixture(scope="module")
-def sdist(tmp_path_factory, without_torch):
-    folder = tmp_path_factory.mktemp("sdist")
-    source = folder / "source"
-    ignored = shutil.ignore_patterns("build", "dist", ".*", "*.egg-info", "__pycache__", "*.so", "_build.json")
-    shutil.copytree(ROOT, source, ignore=ignored)
-    run(sys.executable, "-m", "build", "--sdist", "--no-isolation", "-o", folder, source, env=without_torch)
-    (archive,) = folder.glob("*.tar.gz")
-    return archive
-
-
-@pytest.fixture(scope="module")
-def source(sdist):
-    """The unpacked sdist: what a user without the repository builds from."""
-    with tarfile.open(sdist) as archive:
-        archive.extractall(sdist.parent / "unpacked", filter="data")
-    (folder,) = (sdist.parent / "unpacked").iterdir()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def wheel(source, without_torch):
-    out = source.parent / "wheel"
-    log = run(
-        *(sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "-w", out, source),
-        env=without_torch,
-    )
-    assert "pyface: _cpu built (" in log  # the one line at the end of a build
-    (archive,) = out.glob("*.whl")
-    return archive
 
 
 def test_sdist_holds_the_sources(sdist):
@@ -93,6 +47,12 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         assert [name for name in names if name.startswith("pyface/_cuda.")]
     else:
         assert "nvcc not found" in record["cuda"]["reason"]
+
+
+def test_no_compiler_has_anything_to_say(wheel_log):
+    assert "pyface: _cpu built (" in wheel_log  # the one line at the end of a build
+    complaints = re.findall(r".*(?:\.(?:cpp|cu|h)\b.*warning|(?:nvcc|nvlink|ptxas)\s.*warning).*", wheel_log)
+    assert not complaints
 
 
 def test_modules_link_neither_torch_nor_cuda_libraries(wheel, tmp_path):

@@ -186,7 +186,7 @@ PYFACE_INLINE typename Bytes<V>::vector signs(V v) {
 
 // The result there, given the low frequencies of what is filtered.
 template <Result result, bool kFull, class X, class K, class V>
-PYFACE_INLINE void finish(const Row<X, K>& row, int at, int n, V low, bool streaming) {
+PYFACE_INLINE void finish(const Row<X, K>& row, int at, int n, V low) {
   const V v = load_up_to<kFull>(row.x + at, n);
   V y;
   if constexpr (result == Result::high) {
@@ -203,12 +203,10 @@ PYFACE_INLINE void finish(const Row<X, K>& row, int at, int n, V low, bool strea
     }
   }
   X* p = row.y + at;
-  if constexpr (!kFull)
-    store_first(p, y, n);
-  else if (streaming)
-    store_streaming(p, y);
-  else
+  if constexpr (kFull)
     store(p, y);
+  else
+    store_first(p, y, n);
 }
 
 // ---- step 1 ---------------------------------------------------------------------------------------------------------------
@@ -401,7 +399,7 @@ void transform(C* sums, std::int64_t stride, const Spectral& a, C* small, V v) {
 // Rows t..t + kCount - 1 and their partners, n columns from `at` on.
 template <Result result, int kCount, bool kFull, class X, class K, class C>
 PYFACE_INLINE void spread_block(const Image<X, K>& image, const Spectral& a, std::int64_t t, std::int64_t at,
-                                const int n[kVectors], const C* sums, std::int64_t stride, bool streaming, const X* next) {
+                                const int n[kVectors], const C* sums, std::int64_t stride, const X* next) {
   typedef typename Storage<X>::vector V;
   constexpr int L = lanes<V>;
   const C* factor = (const C*)a.rows.table + t * a.rows.rank;
@@ -429,10 +427,10 @@ PYFACE_INLINE void spread_block(const Image<X, K>& image, const Spectral& a, std
   PYFACE_UNROLL
   for (int p = 0; p < kCount; ++p) {
     PYFACE_UNROLL
-    for (int v = 0; v < kVectors; ++v) finish<result, kFull>(top, v * L, n[v], even[p][v] + odd[p][v], streaming);
+    for (int v = 0; v < kVectors; ++v) finish<result, kFull>(top, v * L, n[v], even[p][v] + odd[p][v]);
     if (t + p != 0 && t + p != middle) {
       PYFACE_UNROLL
-      for (int v = 0; v < kVectors; ++v) finish<result, kFull>(bottom, v * L, n[v], even[p][v] - odd[p][v], streaming);
+      for (int v = 0; v < kVectors; ++v) finish<result, kFull>(bottom, v * L, n[v], even[p][v] - odd[p][v]);
     }
     if (kFull && ahead) {
       PYFACE_UNROLL
@@ -454,7 +452,7 @@ struct Count {
 // y of the pairs of rows [begin, end).
 template <Result result, class X, class K, class C>
 void spread(const Image<X, K>& image, const Spectral& a, std::int64_t begin, std::int64_t end, const C* sums,
-            std::int64_t stride, bool streaming, const X* next) {
+            std::int64_t stride, const X* next) {
   constexpr int L = lanes<typename Storage<X>::vector>;
   const std::int64_t columns = a.width * a.channels;
   auto walk = [&](auto pairs, std::int64_t t) {
@@ -463,10 +461,10 @@ void spread(const Image<X, K>& image, const Spectral& a, std::int64_t begin, std
     int n[kVectors];
     for (int v = 0; v < kVectors; ++v) n[v] = L;
     for (; at + kVectors * L <= columns; at += kVectors * L)
-      spread_block<result, kCount, true>(image, a, t, at, n, sums, stride, streaming, next);
+      spread_block<result, kCount, true>(image, a, t, at, n, sums, stride, next);
     if (at < columns) {
       for (int v = 0; v < kVectors; ++v) n[v] = (int)larger(0, smaller(L, columns - at - v * L));
-      spread_block<result, kCount, false>(image, a, t, at, n, sums, stride, false, next);
+      spread_block<result, kCount, false>(image, a, t, at, n, sums, stride, next);
     }
   };
   std::int64_t t = begin;
@@ -513,7 +511,6 @@ void run(const Spectral& a, void* scratch, int threads) {
   typedef typename Storage<X>::compute C;
   typedef typename Storage<X>::vector V;
   const Plan<C> plan(a, threads);
-  const bool streaming = false;
   C* base = (C*)scratch;
   // without signs, keep makes no difference to step 1: one piece of code for all
   auto gathered = [](const Image<X, K>& i) {
@@ -528,12 +525,11 @@ void run(const Spectral& a, void* scratch, int threads) {
       C* sums = sums_of(slot);
       for (std::int64_t plane = begin; plane < end; ++plane) {
         const auto image = image_of<X, K>(a, plane);
-        gather<result == Result::gradient>(gathered(image), a, 0, plan.columns, sums, plan.stride, !streaming);
+        gather<result == Result::gradient>(gathered(image), a, 0, plan.columns, sums, plan.stride, true);
         transform(sums, plan.stride, a, sums + plan.sums, V{});
-        spread<result>(image, a, 0, units, sums, plan.stride, streaming,
-                     plane + 1 < end ? image_of<X, K>(a, plane + 1).x : nullptr);
+        spread<result>(image, a, 0, units, sums, plan.stride,
+                       plane + 1 < end ? image_of<X, K>(a, plane + 1).x : nullptr);
       }
-      streaming_fence();
     });
     return;
   }
@@ -553,10 +549,9 @@ void run(const Spectral& a, void* scratch, int threads) {
   parallel_for(threads, plan.planes * down, [&](std::int64_t begin, std::int64_t end) {
     for (std::int64_t task_number = begin; task_number < end; ++task_number) {
       const std::int64_t plane = task_number / down, from = task_number % down * 2 * kPairs;
-      spread<result>(image_of<X, K>(a, plane), a, from, smaller(from + 2 * kPairs, units), sums_of(plane), plan.stride, streaming,
-                   (const X*)nullptr);
+      spread<result>(image_of<X, K>(a, plane), a, from, smaller(from + 2 * kPairs, units), sums_of(plane), plan.stride,
+                     (const X*)nullptr);
     }
-    streaming_fence();
   });
 }
 

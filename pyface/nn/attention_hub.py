@@ -175,7 +175,17 @@ class ConcatKVAttnProcessor(nn.Module):
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
     ) -> Tensor:
-        """Tensor[B, L, C] or Tensor[B, C, h, w], which stands for L = h w tokens, to the same shape."""
+        """Tensor[B, L, C] or Tensor[B, C, h, w], which stands for L = h w tokens, to the same shape. The rows are never
+        masked.
+
+        Raises:
+            UserError: a layer with projections for added keys and values (`added_kv_proj_dim`), which needs its own.
+        """
+        if getattr(attn, "added_kv_proj_dim", None) is not None:
+            raise UserError(
+                f"ConcatKVAttnProcessor takes the place of AttnProcessor2_0, but this {type(attn).__name__} has added "
+                f"keys and values of its own (added_kv_proj_dim={attn.added_kv_proj_dim}); leave it its processor"
+            )
         residual, picture = hidden_states, hidden_states.shape if hidden_states.dim() == 4 else None
         if attn.spatial_norm is not None:
             hidden_states = attn.spatial_norm(hidden_states, temb)

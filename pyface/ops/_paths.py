@@ -236,6 +236,13 @@ class Core:
 CORES: dict[str, Core] = {}
 
 
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """In which autocast wants multiplications on this kind of device; None: in no other, or it knows no such device."""
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
 def _names(dtypes: tuple[torch.dtype, ...]) -> str:
     return " with ".join(str(d).removeprefix("torch.") for d in dict.fromkeys(dtypes))
 

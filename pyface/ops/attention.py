@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from pyface.ops import _paths
-from pyface.ops._paths import Core, address, chosen_path
+from pyface.ops._paths import Core, address, autocast_dtype, chosen_path
 from pyface.ops._register import register
 from pyface.ops.reference import attention as reference
 
@@ -536,7 +536,8 @@ def concat_kv_attention(
         gradients of a head in float32.
 
     Raises:
-        ValueError: shapes that do not fit, several devices, an infinite bias. TypeError: dtypes that do not.
+        ValueError: shapes that do not fit, several devices, infinity or NaN for extra_bias (a tensor is not read for
+            them: they make NaN). TypeError: dtypes that do not.
         pyface.PathError: the explicitly chosen path cannot serve the call.
     """
     if (extra_key is None) != (extra_value is None):
@@ -563,6 +564,8 @@ def concat_kv_attention(
 def _bias(extra_bias: float | Tensor, query: Tensor, extras: int) -> Tensor:
     wide, shape = real(query.dtype), (query.shape[1], extras)
     if not isinstance(extra_bias, Tensor):
+        if not hasattr(extra_bias, "__float__"):
+            raise TypeError(f"concat_kv_attention: extra_bias must be a number or a tensor, got {extra_bias!r}")
         if math.isnan(extra_bias) or extra_bias == math.inf:
             raise ValueError(f"concat_kv_attention: extra_bias must be finite or minus infinity, got {extra_bias}")
         return torch.full((), extra_bias, dtype=wide, device=query.device).expand(shape)
@@ -615,16 +618,22 @@ def spatial_prior_attention(
             raise ValueError(
                 f"spatial_prior_attention: {name} must be Tensor{[*query.shape[:3], 2]}, got shape {tuple(t.shape)}"
             )
+        if t.device != query.device:
+            raise ValueError(
+                f"spatial_prior_attention: all tensors must be on the device of query, {query.device}; {name} is on "
+                f"{t.device}"
+            )
+    if int(grid_width) != grid_width:
+        raise ValueError(f"spatial_prior_attention: grid_width must be a whole number of places, got {grid_width}")
     query, key, value, _ = _autocast(query, key, value)
     prior = torch.cat([centre, sharpness], dim=-1).to(real(query.dtype))
     return _call(query, key, value, None, None, None, prior, False, scale, int(grid_width), float(smooth), return_lse)
 
 
 def _autocast(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor, torch.dtype | None]:
-    kind = query.device.type
-    if not torch.is_autocast_enabled(kind):
+    low = autocast_dtype(query.device.type)
+    if low is None:
         return query, key, value, None
-    low = torch.get_autocast_dtype(kind)
     cast = (t.to(low) if t.is_floating_point() and t.dtype != torch.float64 else t for t in (query, key, value))
     return *cast, low if query.dtype != torch.float64 else None
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from pyface.ops import _paths
-from pyface.ops._paths import Core, address, chosen_path
+from pyface.ops._paths import Core, address, autocast_dtype, chosen_path
 from pyface.ops._register import register
 from pyface.ops.reference import deform_conv as reference
 
@@ -460,9 +460,8 @@ def deform_conv2d(
     """
     stride, padding = _pair("stride", stride, 1), _pair("padding", padding, 0)
     dilation = _pair("dilation", dilation, 1)
-    kind = input.device.type
-    if torch.is_autocast_enabled(kind):
-        low = torch.get_autocast_dtype(kind)
+    low = autocast_dtype(input.device.type)
+    if low is not None:
         input, weight, bias = (
             t.to(low) if t is not None and t.is_floating_point() and t.dtype != torch.float64 else t
             for t in (input, weight, bias)

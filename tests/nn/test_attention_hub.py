@@ -292,6 +292,8 @@ def test_what_cannot_be_done_is_refused(transformers):
     model(tokens)
     with pytest.raises(UserError, match=r"cannot do dropout \(0.1\), which CLIPAttention asks for"):
         model.train()(tokens)
+    with pytest.raises(UserError, match="cannot do attention weights, which CLIPAttention asks for"):
+        model.eval()(tokens, output_attentions=True)
     with pytest.raises(UserError, match="attention sinks"):
         transformers_attention(nn.Identity(), *torch.randn(3, 1, 2, 4, 8), s_aux=torch.zeros(2))
     with pytest.raises(UserError, match="has 3 attention layers, and no layer 3"):
@@ -365,6 +367,23 @@ def test_processor_equals_diffusers_in_every_option():
     )
     x, text = torch.randn(2, 9, 32), torch.randn(2, 5, 24)
     close(ConcatKVAttnProcessor()(crossed, x, text), crossed(x, text))
+
+
+def test_processor_masks_text_but_no_rows():
+    attention = pytest.importorskip("diffusers.models.attention_processor")
+    layer = attention.Attention(query_dim=32, cross_attention_dim=24, heads=2, dim_head=16)
+    x, text, token = torch.randn(2, 9, 32), torch.randn(2, 5, 24), torch.randn(24)
+    extra = ExtraKV(2, 1, 16)
+    with torch.no_grad():
+        extra.key.copy_(layer.to_k(token).view(2, 1, 16))
+        extra.value.copy_(layer.to_v(token).view(2, 1, 16))
+    hidden = torch.arange(5).expand(2, 1, 5) >= torch.tensor([5, 2]).view(2, 1, 1)
+    mask = torch.zeros(2, 1, 5).masked_fill(hidden, -torch.inf)
+    theirs = layer(x, torch.cat((token.expand(2, 1, 24), text), 1), attention_mask=F.pad(mask, (1, 0)))
+    close(ConcatKVAttnProcessor(extra)(layer, x, text, mask), theirs)
+    added = attention.Attention(query_dim=32, heads=2, dim_head=16, added_kv_proj_dim=24)
+    with pytest.raises(UserError, match=r"added keys and values of its own \(added_kv_proj_dim=24\)"):
+        ConcatKVAttnProcessor(extra)(added, x, text)
 
 
 # ---- torch -----------------------------------------------------------------------------------------------------------

@@ -149,10 +149,10 @@ def test_the_reference_too(dtype):
 
 def test_random_sweep(isa):
     draw = random.Random(7)
-    lengths, depths = [1, 7, 15, 16, 17, 77, 80, 81, 129], [1, 8, 16, 40, 64, 80, 128, 160]
-    for _ in range(40):
+    lengths, depths = [0, 1, 7, 15, 16, 17, 77, 80, 81, 129, 197, 257], [1, 8, 16, 40, 64, 80, 128, 160]
+    for _ in range(50):
         shape = (
-            draw.choice([1, 2, 3]), draw.choice([1, 2, 5]), draw.choice(lengths), draw.choice(lengths),
+            draw.choice([1, 2, 3]), draw.choice([1, 2, 12]), draw.choice(lengths), draw.choice(lengths),
             draw.choice(depths), draw.choice(depths), draw.choice([0, 1, 2, 5, 16, 17, 64]), draw.random() < 0.6,
         )  # fmt: skip
         tensors = sample(shape, F32, shared=draw.random() < 0.7)
@@ -411,6 +411,54 @@ def test_any_strides_are_read(isa):
     assert ours(moved, True)[0].transpose(1, 2).is_contiguous()
 
 
+@pytest.mark.parametrize("apart", [0, 1, 2], ids=["samples", "heads", "rows"])
+def test_addresses_beyond_32_bits(apart):
+    """So far apart that neither their elements nor their bytes can be counted in 32 bits."""
+    try:
+        room = torch.empty(2**33, dtype=torch.uint8).view(BF16)  # only the few pages written below become memory
+    except RuntimeError as error:
+        pytest.skip(f"no address space: {error}")
+    tensors = sample((2, 2, 2, 2, 8, 8, 2, True), BF16)
+    strides = [64, 32, 16, 1]
+    strides[apart] = 2**31 + 64
+    moved = [room.as_strided(t.shape, strides, 512 * i).copy_(t) for i, t in enumerate(tensors[:3])]
+    seeds = torch.randn(2, 2, 2, 8, dtype=F64), torch.randn(2, 2, 2, dtype=F64)
+    found, wanted = [], []
+    for these, results in ((moved, found), (tensors[:3], wanted)):
+        leaves = [t.detach().requires_grad_() for t in (*these, *tensors[3:])]
+        out, lse = ours(leaves, True)
+        results += out, lse, *torch.autograd.grad((out, lse), leaves, (seeds[0].to(BF16), seeds[1].float()))
+    assert all(torch.equal(a, b) for a, b in zip(found, wanted))
+
+
+def test_memory_is_results_and_little_more():
+    """No copy of keys and values, no scores: what comes on top of the results is the stated workspace."""
+    peak = Path("/proc/self/clear_refs")
+    if not peak.exists():
+        pytest.skip("peak memory is read from Linux's /proc")
+
+    def megabytes(call):
+        status = Path("/proc/self/status")
+        peak.write_text("5")  # forgets the peak so far
+        before = int(status.read_text().split("VmHWM:")[1].split()[0])
+        call()
+        return (int(status.read_text().split("VmHWM:")[1].split()[0]) - before) / 1024
+
+    for dtype in (F32, BF16):
+        size = 140000 if dtype == F32 else 280000  # keys, and values, of 34 MiB: memory that comes from the system
+        query, key, value = (torch.randn(1, 1, n, 64, dtype=dtype) for n in (16, size, size))
+        rows = torch.randn(2, 1, 4, 64, requires_grad=True)
+        ours([query, key[:, :, :256], value[:, :, :256], *rows])
+        with torch.no_grad():
+            assert megabytes(lambda t=(query, key, value, *rows): ours(t)) <= 4
+        loss = ours([query, key, value, *rows])[0].float().sum()
+        assert megabytes(lambda loss=loss, rows=rows: torch.autograd.grad(loss, rows)) <= 4
+        leaves = key.requires_grad_(), value.requires_grad_()
+        loss = ours([query, key, value, *rows])[0].float().sum()
+        allowed = 2 * 34 if dtype == F32 else 2 * 34 + 2 * 68  # 16 bits: also those of a head in float32, as is stated
+        assert megabytes(lambda loss=loss, leaves=leaves: torch.autograd.grad(loss, leaves)) <= allowed + 6
+
+
 def test_rows_expanded_over_the_batch_are_shared_rows():
     tensors = sample((3, 2, 17, 17, 8, 8, 2, True), F32, grad=True)
     expanded = [*tensors[:3], *(t.expand(3, -1, -1, -1) for t in tensors[3:])]
@@ -548,7 +596,13 @@ def test_law_batches_add_up_and_scores_only_differ(problem):
     ]
     for a, *b in zip(whole, *parts):
         torch.testing.assert_close(a, torch.stack(b).sum(0))
-    # One number added to all scores of a query changes nothing: a bias of rows alone, with no key, has gradient 0.
+    # A number added to all scores of a query changes nothing: 0 is the gradient of a channel of the query that is 1 in
+    # all keys and rows, and that of a bias of rows alone, with no key.
+    query, key, value, extra_key, extra_value = (t.detach() for t in tensors)
+    query, key, extra_key = (F.pad(t, (0, 1), value=1.0) for t in (query, key, extra_key))
+    query.requires_grad_()
+    pulled = ours([query, key, value, extra_key, extra_value], shape[7])[0]
+    assert torch.autograd.grad(pulled, query, seed)[0][..., -1].abs().max() <= 1e-11 * (1 + seed.abs().sum())
     bias = torch.zeros((), dtype=F64, requires_grad=True)
     alone = [tensors[0], tensors[1][:, :, :0], tensors[2][:, :, :0], *tensors[3:]]
     gradient = torch.autograd.grad(ours(alone, extra_bias=bias)[0], bias, seed)[0]
@@ -756,6 +810,14 @@ def test_autocast_keeps_rows_and_their_gradients_in_float32():
     assert not torch.equal(gradients[3], gradients[3].bfloat16().float())
 
 
+def test_meta_tensors_have_the_results_shapes():
+    tensors = [t.to("meta") for t in sample((2, 3, 5, 7, 8, 6, 2, True), BF16, extra_dtype=F32, grad=True)]
+    out, lse = concat_kv_attention(*tensors, is_causal=True, return_lse=True)
+    assert (out.shape, out.dtype, out.is_meta) == ((2, 3, 5, 6), BF16, True)
+    assert (lse.shape, lse.dtype) == ((2, 3, 5), F32)
+    assert [g.dtype for g in torch.autograd.grad(out.sum(), tensors)] == [BF16, BF16, BF16, F32, F32]
+
+
 def test_checkpointing():
     tensors = sample(SHAPES[0], F32, grad=True)
 
@@ -820,11 +882,25 @@ def test_other_mistakes_are_named():
             call({}, extra_bias=bias)
     with pytest.raises(ValueError, match="broadcast"):
         call({}, extra_bias=torch.zeros(3, 5))
+    for bias in (None, "one"):
+        with pytest.raises(TypeError, match="extra_bias must be a number or a tensor, got"):
+            call({}, extra_bias=bias)
+    with pytest.raises(ValueError, match="on the device of query, cpu; extra_bias is on meta"):
+        call({}, extra_bias=torch.zeros(2, 1, device="meta"))
+    many = torch.empty(1, 1, 2**31, 1, device="meta")
+    with pytest.raises(ValueError, match="at most 2"):
+        concat_kv_attention(many[:, :, :4], many, many, None, None)
+    with pytest.raises(ValueError, match="at most 2"):
+        concat_kv_attention(many, many[:, :, :4], many[:, :, :4], None, None)
     with pytest.raises(ValueError, match="scale must be finite"):
         call({}, scale=math.nan)
     query, key, value, centre, sharpness = prior_sample()
     with pytest.raises(ValueError, match="centre must be Tensor"):
         spatial_prior_attention(query, key, value, centre[..., :1], sharpness, 5)
+    with pytest.raises(ValueError, match="on the device of query, cpu; sharpness is on meta"):
+        spatial_prior_attention(query, key, value, centre, sharpness.to("meta"), 5)
+    with pytest.raises(ValueError, match="grid_width must be a whole number of places, got 5.5"):
+        spatial_prior_attention(query, key, value, centre, sharpness, 5.5)
     with pytest.raises(ValueError, match="grid_width must be at least 1"):
         spatial_prior_attention(query, key, value, centre, sharpness, 0)
     with pytest.raises(ValueError, match="smooth positive"):
