@@ -15,7 +15,7 @@ RULES = [
     ("second", {}), ("mix", {"t": 0.3}), ("gsam", {"alpha": 0.4}), ("gsam_first", {"alpha": 0.4}),
     ("constrained", {"lower": 0.3, "upper": 0.6}), ("surgery", {}),
 ]  # fmt: skip
-TYPES = [(F32,) * 2, (F64,) * 2, (BF16,) * 2, (F32, BF16)]
+TYPES = [(F32,) * 2, (F64,) * 2, (BF16,) * 2, (F16,) * 2, (F32, BF16), (F32, F16)]  # of weight and gradient
 SIZES = [0, 1, 15, 16, 17, 32767, 32768, 32769, 70001]
 
 
@@ -52,7 +52,7 @@ def rule_expected(x, y, a, b, k, rule, lower=None, upper=None, t=None, alpha=Non
 
 # ---- checks of a path -----------------------------------------------------------------------------------------------
 
-GPU_TYPES = [*TYPES, (F32, F16), (F16, F16), (BF16, F32), (F16, F32)]  # of weight and gradient
+GPU_TYPES = [*TYPES, (BF16, F32), (F16, F32)]
 STEPS = {
     "plain": {},
     "first": {"momentum": 0.9, "first": True},

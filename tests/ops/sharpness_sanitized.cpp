@@ -40,12 +40,13 @@ bool same(const char* pass, long number, const Array& a, const Array& b) {
 
 bool check(long number) {
   const DType types[][2] = {
-      {DType::f32, DType::f32}, {DType::f32, DType::bf16}, {DType::bf16, DType::bf16}, {DType::f64, DType::f64}};
+      {DType::f32, DType::f32}, {DType::f32, DType::bf16}, {DType::bf16, DType::bf16},
+      {DType::f64, DType::f64}, {DType::f32, DType::f16},  {DType::f16, DType::f16}};
   const long count = pick(1, 5);
   const int threads = (int)pick(1, 3);
   std::vector<Record> records;
   for (long p = 0; p < count; ++p) {
-    const auto& pair = types[pick(0, 3)];
+    const auto& pair = types[pick(0, 5)];
     records.emplace_back(pair[0], pair[1], pick(0, 9) ? pick(0, 200) : pick(32760, 32800) * pick(1, 2));
     Record& r = records.back();
     for (Array* a : {&r.w, &r.x, &r.y, &r.m}) a->fill();

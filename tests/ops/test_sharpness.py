@@ -36,7 +36,7 @@ def test_rules_follow_their_definitions(isa, rule, parameters, types, granularit
         rule_expected(x.double(), y.double(), *r, rule, **parameters) for x, y, r in zip(xs, ys, rows, strict=True)
     ]
     multi_combine_(xs, ys, multi_dots(xs, ys), rule, granularity=granularity, **parameters)
-    low = types[1] == torch.bfloat16
+    low = types[1].itemsize == 2
     for x, g in zip(xs, wanted, strict=True):
         torch.testing.assert_close(x.double(), g, rtol=8e-3 if low else 1e-5, atol=8e-3 if low else 2e-6)
 
@@ -66,7 +66,7 @@ def test_perturb_and_restore(isa, types, eta):
     perturb_(w, y, saved, sums, 0.3, eta=eta)
     t = [torch.ones_like(v.double()) if eta is None else v.double().abs() + eta for v in old]
     norm = math.sqrt(sum(float(((a.double() * b) ** 2).sum()) for a, b in zip(y, t, strict=True)))
-    low = types[0] == torch.bfloat16
+    low = types[0].itemsize == 2
     for a, b, g, s in zip(w, old, y, t, strict=True):
         want = b.double() + 0.3 * s**2 * g.double() / norm
         torch.testing.assert_close(a.double(), want, rtol=8e-3 if low else 1e-6, atol=1e-2 if low else 1e-6)
@@ -100,7 +100,7 @@ def test_fused_step_is_restore_combine_sgd(path, nesterov, maximize, sgd):
             torch.testing.assert_close(a, b.detach(), rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [float("inf"), float("nan"), float("-inf")])
 @pytest.mark.parametrize("position", [0, 40000, 70000])
 def test_nonfinite_gradients_change_nothing(path, dtype, value, position):
@@ -186,7 +186,7 @@ def test_overflow_of_a_scaled_gradient_stops_the_step(path):
     assert flags.tolist() == sums.nonfinite.tolist() == [1, 0]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
 def test_weights_that_are_not_finite_stop_the_adaptive_ascent(path, dtype):
     check_nonfinite_weights(CORE.pick("cpu", (dtype, dtype), path), dtype)
 
@@ -199,6 +199,25 @@ def test_large_and_small_values_are_finite(path):
         torch.testing.assert_close(sums.values[-1, 1], 100 * ys[0][0].double() ** 2)
     ys = [torch.full((100,), 1e200, dtype=torch.float64)]
     assert multi_norm(ys).nonfinite.tolist() == [0, 0]
+
+
+def test_the_ends_of_half_precision(isa):
+    """Sums of its largest and smallest numbers are exact; results round to even, and to infinity from 65520 on."""
+    for value in (65504.0, -(2.0**-24)):
+        ys = [torch.full((1000,), value, dtype=torch.float16)]
+        sums = multi_norm(ys)
+        assert sums.nonfinite.tolist() == [0, 0]
+        assert sums.values[-1, 1] == 1000 * value**2
+    # Halves of sums that lie between two numbers, then sums that do.
+    x = [torch.tensor([2048.0, 2050.0, 65504.0, 65504.0, 2.0**-24] * 7, dtype=torch.float16)]
+    y = [torch.tensor([1.0, 1.0, 16.0, 15.0, 2.0**-24] * 7, dtype=torch.float16)]
+    multi_combine_(x, y, multi_dots(x, y), "mix", t=0.5)
+    assert x[0].tolist() == [1024.0, 1026.0, 32768.0, 32752.0, 2.0**-24] * 7
+    w = [torch.tensor([2048.0, 2050.0, 65504.0, 65504.0, 2.0**-24] * 7, dtype=torch.float16)]
+    step = [torch.tensor([1.0, 1.0, 16.0, 15.0, 2.0**-24] * 7, dtype=torch.float16)]
+    sums = multi_norm(step)
+    perturb_(w, step, [torch.empty_like(w[0])], sums, math.sqrt(sums.values[-1, 1]), eps=0.0)
+    assert w[0].tolist() == [2048.0, 2052.0, math.inf, 65504.0, 2.0**-23] * 7
 
 
 def test_degenerate_gradients(path):
