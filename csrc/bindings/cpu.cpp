@@ -432,7 +432,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("sharpness_combine", &sharpness_combine);
   m.def("sharpness_step", &sharpness_step);
   m.def("isa", [] { return kIsaNames[static_cast<int>(current_isa)]; }, "The instruction set in use");
-  m.def("isas", &isas, "Every instruction set this machine can run, best last");
+  m.def("isas", &isas, "Every instruction set that serves this machine, best last");
   m.def("set_isa", &set_isa, "Use another instruction set than the best one");
 #if defined(_OPENMP)
   m.attr("openmp") = true;
