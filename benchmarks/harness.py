@@ -460,22 +460,20 @@ def plot(rows: list[dict], folder: Path) -> list[Path]:
         mine = [row for row in timed if (row["group"], row["threads"]) == (group, threads)]
         operations = list(dict.fromkeys(row["operation"] for row in mine))
         sizes = list(dict.fromkeys(row["size"] for row in mine))
-        if len(sizes) == 1:  # one size: panels in a line would be wide and flat
-            operations, sizes = sizes, operations
         cells = {}
         for row in mine:
-            place = (
-                (row["operation"], row["size"]) if row["operation"] in operations else (row["size"], row["operation"])
-            )
-            cells.setdefault(place, []).append(row)
+            cells.setdefault((row["operation"], row["size"]), []).append(row)
+        grid = [[(operation, size) for operation in operations] for size in sizes]
+        if len(cells) <= max(len(operations), len(sizes)):  # one under the other: in a line they would be wide and flat
+            grid = [[place] for place in cells]
         bars = max(len(cell) for cell in cells.values())
         figure, axes = plt.subplots(
-            len(sizes), len(operations), squeeze=False, layout="constrained",
-            figsize=(max(6.5, 4.6 * len(operations)), len(sizes) * (0.9 + 0.24 * bars) + 0.8),
+            len(grid), len(grid[0]), squeeze=False, layout="constrained",
+            figsize=(max(6.5, 4.6 * len(grid[0])), len(grid) * (0.9 + 0.24 * bars) + 0.8),
         )  # fmt: skip
-        for i, size in enumerate(sizes):
-            for j, operation in enumerate(operations):
-                _panel(axes[i, j], cells.get((operation, size)), f"{operation}, {size}", bars)
+        for places, row_axes in zip(grid, axes, strict=True):
+            for place, axis in zip(places, row_axes, strict=True):
+                _panel(axis, cells.get(place), ", ".join(place), bars)
         header = mine[0]
         where = header["gpu"] or f"{header['cpu']}, {threads} thread{'s' * (threads != 1)}"
         figure.suptitle(f"{group}: time / limit, shorter is better\n{where}, torch {header['torch']}")
