@@ -401,7 +401,7 @@ void set_isa(const std::string& name) {
       current_isa = static_cast<cpu::Isa>(i);
       return;
     }
-  throw py::value_error("instruction set '" + name + "' is unknown or not to be had on this machine");
+  throw py::value_error("instruction set '" + name + "' is unknown or does not serve this machine");
 }
 
 py::list isas() {

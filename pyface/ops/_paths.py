@@ -59,7 +59,7 @@ def load_module(name: str) -> tuple[ModuleType | None, str | None]:
         try:
             module.set_isa(os.environ["PYFACE_CPU_ISA"])
         except ValueError as error:
-            return None, f"PYFACE_CPU_ISA: {error}; this machine has {', '.join(module.isas())}"
+            return None, f"PYFACE_CPU_ISA: {error}; choose from {', '.join(module.isas())}"
     return module, None
 
 
